@@ -1,0 +1,187 @@
+"""Files on the host: publishing them whole or not at all, and copying ranges without reading them.
+
+The only module that renames anything into its final place. The order is always: write a temporary
+sibling, fsync it, rename, fsync the folder. A crash at any point leaves the old state or the new
+one, and at most a temporary sibling, which `remove_stale` deletes for the next owner of the name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+TEMP_PREFIX = ".fledge-tmp-"
+_FICLONERANGE = 0x4020940D
+_FALLBACK = {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENOTTY, errno.EPERM, errno.ETXTBSY}
+_COPY_BYTES = 1 << 20
+
+
+def temp_sibling(target: Path) -> Path:
+    """Return a new name beside `target`. Nothing is created."""
+    return target.parent / f"{TEMP_PREFIX}{target.name}.{secrets.token_hex(6)}"
+
+
+def remove_stale(target: Path) -> None:
+    """Delete what crashed writers of `target` left. The caller must be its only writer now."""
+    prefix = f"{TEMP_PREFIX}{target.name}."
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.scandir(target.parent):
+            if entry.name.startswith(prefix):
+                remove_tree(Path(entry.path))
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a file or folder if it is there. Idempotent."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(target: Path, mode: int = 0o644) -> Iterator[int]:
+    """Yield the descriptor of a new file that takes the place of `target` when the block ends well.
+
+    Atomic: on any exception `target` is as it was and the new file is gone. Raises OSError.
+    """
+    temp = temp_sibling(target)
+    fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        try:
+            yield fd
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temp, target)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+    sync_folder(target.parent)
+
+
+def write_atomic(target: Path, data: bytes) -> None:
+    """Write a small file whole or not at all, making its folder. Raises OSError."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as fd:
+        write_all(fd, data)
+
+
+def publish_folder(temp: Path, target: Path) -> None:
+    """Rename the finished folder `temp` to `target`, durably. `target` must not exist.
+
+    Every file in it must have been synced by its writer.
+    """
+    sync_folder(temp)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(temp, target)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names that were created in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write all of `data` at the descriptor's position."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield (offset, length) of the parts of a file that are not holes (lseek(2), SEEK_DATA)."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        yield start, end - start
+
+
+def can_reflink(folder: Path) -> bool:
+    """Try whether files in `folder` can share blocks (ioctl_ficlonerange(2))."""
+    names = [folder / f"{TEMP_PREFIX}reflink.{secrets.token_hex(6)}" for _ in range(2)]
+    try:
+        with names[0].open("wb") as source:
+            source.write(bytes(65536))
+            source.flush()
+            with names[1].open("wb") as target:
+                return _clone(source.fileno(), target.fileno(), 0, 0, 65536)
+    finally:
+        for name in names:
+            name.unlink(missing_ok=True)
+
+
+def _clone(source: int, target: int, source_offset: int, target_offset: int, length: int) -> bool:
+    argument = b"".join(value.to_bytes(8, "little") for value in (source, source_offset, length, target_offset))
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, argument)
+    except OSError as error:
+        if error.errno in _FALLBACK:
+            return False
+        raise
+    return True
+
+
+class RangeCopier:
+    """Copies ranges into one file by the cheapest means that the filesystems allow.
+
+    FICLONERANGE shares the blocks; copy_file_range(2) copies inside the kernel; reading and writing
+    works everywhere. A means that failed once is not tried again. `shared_bytes` and `copied_bytes`
+    count what was done how.
+    """
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._may_clone = True
+        self._may_copy = True
+        self.shared_bytes = 0
+        self.copied_bytes = 0
+
+    def copy(self, source: int, source_offset: int, target_offset: int, length: int) -> None:
+        """Copy `length` bytes; `source` must hold them all. Raises OSError."""
+        if self._may_clone and length:
+            if _clone(source, self._target, source_offset, target_offset, length):
+                self.shared_bytes += length
+                return
+            self._may_clone = False
+        self.copied_bytes += length
+        while length and self._may_copy:
+            try:
+                count = os.copy_file_range(source, self._target, length, source_offset, target_offset)
+            except OSError as error:
+                if error.errno not in _FALLBACK:
+                    raise
+                count = 0
+            if count == 0:  # some filesystems answer 0 instead of an error
+                self._may_copy = False
+            length, source_offset, target_offset = length - count, source_offset + count, target_offset + count
+        while length:
+            data = os.pread(source, min(length, _COPY_BYTES), source_offset)
+            if not data:
+                raise OSError(errno.EIO, "the source ends before the range that was to be copied")
+            pwrite_all(self._target, data, target_offset)
+            length, source_offset, target_offset = length - len(data), source_offset + len(data), target_offset + len(data)

@@ -1,0 +1,1 @@
+"""Container images: references, sources, manifests, layers."""

@@ -1,0 +1,133 @@
+"""The only place that starts programs.
+
+Programs run in a session of their own, with stdin closed and a clean environment, so that no
+setting of the caller leaks into a result; what happens to us happens to them: when a signal or an
+exception ends the wait, the whole process group is ended too, and it does not outlive us.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fledge_tasks.errors import CommandError, ToolError
+
+STDERR_TAIL_BYTES = 4096
+_TERMINATE_SECONDS = 2.0
+_PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+PASSED = (
+    "HOME", "PATH", "TMPDIR", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME",
+    "REGISTRY_AUTH_FILE", "DOCKER_CONFIG", "DOCKER_HOST", "DOCKER_CERT_PATH", "DOCKER_TLS_VERIFY",
+    "CONTAINERS_CONF", "CONTAINERS_REGISTRIES_CONF", "CONTAINERS_STORAGE_CONF", "STORAGE_DRIVER",
+    "SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
+    "http_proxy", "https_proxy", "no_proxy", "all_proxy",
+)  # fmt: skip
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment that programs get: a fixed locale and zone, and a few variables of ours.
+
+    The passed ones only say where things are (home, proxies, credentials), never what comes out.
+    """
+    passed = {name: os.environ[name] for name in PASSED if name in os.environ}
+    path = passed.get("PATH", "/usr/local/bin:/usr/bin:/bin")
+    # mke2fs and its kind live where a plain user's PATH does not look on Debian.
+    path = ":".join(dict.fromkeys([*path.split(":"), "/usr/sbin", "/sbin"]))
+    return {**passed, "PATH": path, "LC_ALL": "C.UTF-8", "TZ": "UTC", **(extra or {})}
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    hint: str | None = None,
+) -> bytes:
+    """Run a program to its end and return what it wrote to stdout.
+
+    Raises ToolError when it is not there, CommandError when it exits with anything but 0; the
+    message holds a line that runs the same command again and the end of its stderr. When this call
+    is interrupted, the program and its children get SIGTERM, then SIGKILL.
+    """
+    command = [str(argument) for argument in argv]
+    full_env = environment(env)
+    with tempfile.TemporaryFile() as errors:
+        try:
+            process = subprocess.Popen(  # noqa: S603
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=full_env,
+                cwd=cwd,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+        except FileNotFoundError:
+            raise ToolError(
+                f"{command[0]} is not installed (not found on PATH)",
+                hint=f"install it, for example: sudo apt-get install {package_of(command[0])}",
+            ) from None
+        except PermissionError as error:
+            raise ToolError(f"{command[0]} cannot be started: {error.strerror}") from None
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            _end(process)
+            raise
+        if process.returncode == 0:
+            return output
+        stderr = _tail(errors)
+    replay = " ".join([*(f"{key}={shlex.quote(value)}" for key, value in (env or {}).items()), shlex.join(command)])
+    ended = (
+        f"exited with {process.returncode}"
+        if process.returncode > 0
+        else f"was killed by {signal.Signals(-process.returncode).name}"
+    )
+    raise CommandError(
+        f"{Path(command[0]).name} {ended}\n  command: {replay}\n  {stderr.strip() or '(it printed nothing)'}",
+        returncode=process.returncode,
+        stderr=stderr,
+        hint=hint,
+    )
+
+
+def package_of(program: str) -> str:
+    """Return the Debian package that holds a program of ours."""
+    name = Path(program).name
+    packages = {"mke2fs": "e2fsprogs", "e2fsck": "e2fsprogs", "mkfs.xfs": "xfsprogs", "mkfs.btrfs": "btrfs-progs"}
+    return packages.get(name, name)
+
+
+def _die_with_parent() -> None:
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(_TERMINATE_SECONDS)
+        except ProcessLookupError:
+            process.wait()
+        except subprocess.TimeoutExpired:
+            continue
+        break
+    if process.stdout:
+        process.stdout.close()
+
+
+def _tail(file: object) -> str:
+    assert hasattr(file, "seek") and hasattr(file, "read")
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - STDERR_TAIL_BYTES))
+    text: bytes = file.read()
+    return text.decode(errors="replace")
