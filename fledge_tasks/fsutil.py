@@ -13,13 +13,14 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 TEMP_PREFIX = ".fledge-tmp-"
 _FICLONERANGE = 0x4020940D
 _FALLBACK = {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENOTTY, errno.EPERM, errno.ETXTBSY}
 _COPY_BYTES = 1 << 20
+_KERNEL_COPY_BYTES = 1 << 25  # one call cannot be interrupted by a Python signal handler
 
 
 def temp_sibling(target: Path) -> Path:
@@ -34,6 +35,33 @@ def remove_stale(target: Path) -> None:
         for entry in os.scandir(target.parent):
             if entry.name.startswith(prefix):
                 remove_tree(Path(entry.path))
+
+
+def temp_folder(parent: Path, name: str) -> Path:
+    """Make and return a new folder `<name>.<random>` in `parent`."""
+    folder = parent / f"{name}.{secrets.token_hex(6)}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def remove_stale_below(parent: Path, name: str) -> None:
+    """Delete what `temp_folder` made for `name`. The caller must be its only user now."""
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.scandir(parent):
+            if entry.name.startswith(f"{name}."):
+                remove_tree(Path(entry.path))
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file inside one filesystem. Not durable: for temporary folders."""
+    os.rename(source, target)
+
+
+def set_aside(folder: Path, target: Path) -> None:
+    """Rename a folder out of the way, replacing what was set aside under that name before."""
+    remove_tree(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(folder, target)
 
 
 def remove_tree(path: Path) -> None:
@@ -81,6 +109,15 @@ def publish_folder(temp: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     os.rename(temp, target)
     sync_folder(target.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def sync_folder(folder: Path) -> None:
@@ -151,12 +188,14 @@ class RangeCopier:
 
     FICLONERANGE shares the blocks; copy_file_range(2) copies inside the kernel; reading and writing
     works everywhere. A means that failed once is not tried again. `shared_bytes` and `copied_bytes`
-    count what was done how.
+    count what was done how; `advance` is told the bytes as they are done. Without `may_clone` every
+    byte gets a block of its own.
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, advance: Callable[[int], None], *, may_clone: bool = True) -> None:
         self._target = target
-        self._may_clone = True
+        self._advance = advance
+        self._may_clone = may_clone
         self._may_copy = True
         self.shared_bytes = 0
         self.copied_bytes = 0
@@ -166,22 +205,28 @@ class RangeCopier:
         if self._may_clone and length:
             if _clone(source, self._target, source_offset, target_offset, length):
                 self.shared_bytes += length
+                self._advance(length)
                 return
             self._may_clone = False
         self.copied_bytes += length
         while length and self._may_copy:
             try:
-                count = os.copy_file_range(source, self._target, length, source_offset, target_offset)
+                count = os.copy_file_range(
+                    source, self._target, min(length, _KERNEL_COPY_BYTES), source_offset, target_offset
+                )
             except OSError as error:
                 if error.errno not in _FALLBACK:
                     raise
                 count = 0
             if count == 0:  # some filesystems answer 0 instead of an error
                 self._may_copy = False
+            self._advance(count)
             length, source_offset, target_offset = length - count, source_offset + count, target_offset + count
         while length:
             data = os.pread(source, min(length, _COPY_BYTES), source_offset)
             if not data:
                 raise OSError(errno.EIO, "the source ends before the range that was to be copied")
             pwrite_all(self._target, data, target_offset)
-            length, source_offset, target_offset = length - len(data), source_offset + len(data), target_offset + len(data)
+            count = len(data)
+            self._advance(count)
+            length, source_offset, target_offset = length - count, source_offset + count, target_offset + count

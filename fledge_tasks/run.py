@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from fledge_tasks.errors import CommandError, ToolError
 
@@ -61,7 +62,7 @@ def run(
     full_env = environment(env)
     with tempfile.TemporaryFile() as errors:
         try:
-            process = subprocess.Popen(  # noqa: S603
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -69,7 +70,7 @@ def run(
                 env=full_env,
                 cwd=cwd,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509
             )
         except FileNotFoundError:
             raise ToolError(
@@ -125,9 +126,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.stdout.close()
 
 
-def _tail(file: object) -> str:
-    assert hasattr(file, "seek") and hasattr(file, "read")
+def _tail(file: IO[bytes]) -> str:
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - STDERR_TAIL_BYTES))
-    text: bytes = file.read()
-    return text.decode(errors="replace")
+    return file.read().decode(errors="replace")

@@ -1,0 +1,1 @@
+"""Filesystem images without their file data, made from a merged tree."""

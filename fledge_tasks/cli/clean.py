@@ -1,0 +1,31 @@
+"""`fledge clean`: remove results, and on request the cache."""
+
+from __future__ import annotations
+
+import shutil
+
+import click
+
+from fledge_tasks import output
+from fledge_tasks.cli.context import Context, names_argument
+
+
+@click.command()
+@names_argument
+@click.option("--cache", is_flag=True, help="Remove the content store, too; not with NAME.")
+@click.pass_obj
+def clean(context: Context, names: tuple[str, ...], cache: bool) -> None:
+    """Remove what builds wrote for these images, by default for all."""
+    if names and cache:
+        raise click.UsageError("--cache is about all images: leave out the names")
+    workspace = context.load()
+    for image in workspace.select(names):
+        for path in (workspace.output(image), workspace.manifest_output(image)):
+            if output.remove(path):
+                click.echo(f"removed {path}")
+    if cache:
+        # Only what the store made: README and .gitignore in the folder are the user's.
+        for name in ("objects", "tmp", "locks", "aside", "index"):
+            shutil.rmtree(workspace.cache / name, ignore_errors=True)
+        (workspace.cache / "CACHEDIR.TAG").unlink(missing_ok=True)
+        click.echo(f"removed the content of {workspace.cache}")

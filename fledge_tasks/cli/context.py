@@ -1,0 +1,50 @@
+"""What all commands share: the workspace of `-C`, its store, and the jobs option."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from fledge_tasks import workspace
+from fledge_tasks.config import ImageConfig
+from fledge_tasks.plan import Planner
+from fledge_tasks.store import Store
+from fledge_tasks.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Context:
+    """The folder that the user works in."""
+
+    folder: Path
+
+    def load(self) -> Workspace:
+        """Read the workspace. Raises InputError."""
+        return workspace.load(self.folder)
+
+    def planner(self, *, locked: bool = False, offline: bool = False) -> Planner:
+        """Return a planner for the workspace."""
+        found = self.load()
+        return Planner(found, Store(found.cache), locked=locked, offline=offline)
+
+
+def names_argument(function: Callable[..., object]) -> Callable[..., object]:
+    """Add NAME…, the images that a command is about."""
+    return click.argument("names", nargs=-1, metavar="[NAME]...")(function)
+
+
+def jobs_option(function: Callable[..., object]) -> Callable[..., object]:
+    """Add `-j N`; by default as many jobs as there are processors."""
+    count = len(os.sched_getaffinity(0))
+    return click.option(
+        "-j", "jobs", type=click.IntRange(1, 256), default=count, metavar="N", help=f"Jobs at once; default: {count}."
+    )(function)
+
+
+def select(planner: Planner, names: Sequence[str]) -> tuple[ImageConfig, ...]:
+    """Return the images of these names. Raises InputError."""
+    return planner.workspace.select(names)

@@ -1,0 +1,274 @@
+"""fledge.toml, and manifest.toml beside it, read into frozen records.
+
+All mistakes in an image's files come out at once, each with file, key path, what was found and
+what was expected; a record exists only when there is none. Nothing here looks at the image, the
+mapped files or the agent: whether those are there is found out by the stages that need them.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import tomli
+
+from fledge_tasks.errors import ConfigError, Problem
+from fledge_tasks.manifest import (
+    CHECKSUM,
+    MANIFEST,
+    NAME,
+    Finding,
+    Shape,
+    Table,
+    TableOf,
+    Value,
+    check,
+    integer,
+    is_url,
+    join,
+    matching,
+    one_of,
+    quoted,
+    text,
+)
+
+FILE_NAME = "fledge.toml"
+MANIFEST_FILE_NAME = "manifest.toml"
+BASE_URL_VARIABLE = "FLEDGE_AGENT_BASE_URL"
+
+MAX_SIZE_MB = 16 << 20
+"""16 TiB in MiB: what ext4 addresses with blocks of 4 KiB and 32-bit block numbers."""
+
+FilesystemType = Literal["ext4", "xfs", "btrfs"]
+AgentStrategy = Literal["release", "local", "http"]
+
+
+class Source(msgspec.Struct, frozen=True):
+    """`[source]`: the image reference as written, and the platform as os/arch[/variant]."""
+
+    image: str
+    platform: str = "linux/amd64"
+
+
+class Filesystem(msgspec.Struct, frozen=True):
+    """`[filesystem]`: `size_buffer_mb` is free space in the finished filesystem, in MiB."""
+
+    type: FilesystemType
+    size_buffer_mb: int
+    preallocate: bool = False
+
+
+class Agent(msgspec.Struct, frozen=True):
+    """`[agent]`: `release` has `version`, `local` has `path`, `http` has `url`.
+
+    `checksum`, of what is downloaded, is `sha256:` and 64 lower-case hexadecimal digits. `base_url`
+    of a release is that of the file, else that of FLEDGE_AGENT_BASE_URL, else None: the project's own.
+    """
+
+    source_strategy: AgentStrategy
+    version: str | None = None
+    path: str | None = None
+    url: str | None = None
+    checksum: str | None = None
+    base_url: str | None = None
+
+
+class Mapping(msgspec.Struct, frozen=True):
+    """A file or folder of the host and its absolute path in the image, both as written.
+
+    A `destination` that ends in '/' is the folder into which a file goes under its own name.
+    """
+
+    source: str
+    destination: str
+
+
+class ImageConfig(msgspec.Struct, frozen=True):
+    """One image of a workspace. Relative paths in it start at `folder`, that of `file`.
+
+    `manifest` is what the user wrote for the manifest, checked, without any derived value.
+    """
+
+    file: Path
+    folder: Path
+    name: str
+    source: Source
+    filesystem: Filesystem
+    mappings: tuple[Mapping, ...]
+    agent: Agent | None
+    manifest: dict[str, object]
+
+
+def _is_destination(path: str) -> bool:
+    return path.startswith("/") and "\0" not in path and ".." not in path.split("/")
+
+
+_PATH = Value(str, "a path", lambda path: bool(path) and "\0" not in path)
+_URL = Value(str, "an http(s) URL", is_url)
+_MAPPINGS = TableOf(
+    Value(
+        str,
+        "an absolute path in the image, without '..'",
+        _is_destination,
+        hint='a mapping is "path/on/host" = "/path/in/image", with quotes around both',
+    ),
+    _PATH,
+)
+_STRATEGY = one_of("release", "local", "http")
+_AGENT_KEYS: dict[str, dict[str, Shape]] = {
+    "release": {"version": text(), "base_url": _URL, "checksum": CHECKSUM},
+    "local": {"path": _PATH},
+    "http": {"url": _URL, "checksum": CHECKSUM},
+}
+_AGENTS = {
+    strategy: Table(
+        {"source_strategy": _STRATEGY, **keys},
+        required=("source_strategy", next(iter(keys))),
+        place=f"with source_strategy {quoted(strategy)}",
+    )
+    for strategy, keys in _AGENT_KEYS.items()
+}
+_ANY_AGENT = Table(
+    {"source_strategy": _STRATEGY, **{key: shape for keys in _AGENT_KEYS.values() for key, shape in keys.items()}},
+    required=("source_strategy",),
+)
+_FLEDGE: dict[str, Shape] = {
+    "version": one_of("1"),
+    "strategy": one_of("oci_rootfs", hint='fledge-tasks builds "oci_rootfs" only'),
+    "source": Table(
+        {
+            "image": matching(r"[^\s\x00-\x1f\x7f]+", 'an image reference such as "nginx:alpine"'),
+            "platform": matching(
+                r"linux/[a-z0-9_]+(/[a-z0-9_.]+)?", 'a platform such as "linux/amd64" or "linux/arm/v7"'
+            ),
+        },
+        required=("image",),
+    ),
+    "filesystem": Table(
+        {
+            "type": one_of("ext4", "xfs", "btrfs"),
+            "size_buffer_mb": integer(0, MAX_SIZE_MB),
+            "preallocate": Value(bool, "true or false"),
+            "mappings": _MAPPINGS,
+        },
+        required=("type", "size_buffer_mb"),
+    ),
+    "mappings": _MAPPINGS,
+    "agent": _ANY_AGENT,
+    "manifest": MANIFEST,
+}
+
+
+def load(path: Path, shown: str) -> ImageConfig:
+    """Read the fledge.toml at `path`, which messages call `shown`.
+
+    Raises ConfigError with every problem of the file and of the manifest.toml beside it.
+    """
+    path = Path(os.path.realpath(path.parent), path.name)
+    document = _parse(path, shown)
+    problems = [Problem(shown, *finding) for finding in _findings(document)]
+    user = document.get("manifest", {})
+    beside = path.with_name(MANIFEST_FILE_NAME)
+    if os.path.lexists(beside):
+        shown_beside = posixpath.join(posixpath.dirname(shown), MANIFEST_FILE_NAME)
+        if "manifest" in document:
+            problems.append(Problem(shown, "manifest", f"found this table and {shown_beside}, expected one of them"))
+        try:
+            user = _parse(beside, shown_beside)
+            problems.extend(Problem(shown_beside, *finding) for finding in check(user))
+        except ConfigError as error:
+            problems.extend(error.problems)
+    name = path.parent.name
+    if isinstance(user, dict) and "name" in user:
+        name = user["name"]
+    elif not NAME.accepts(name):
+        message = f"missing, and the folder's name {quoted(name)} cannot stand in, expected {NAME.expected}"
+        problems.append(Problem(shown, "manifest.name", message, 'add a [manifest] table with name = "..."'))
+    if problems:
+        raise ConfigError(problems)
+    return ImageConfig(
+        file=path,
+        folder=path.parent,
+        name=name,
+        source=Source(**document["source"]),
+        filesystem=Filesystem(**{key: value for key, value in document["filesystem"].items() if key != "mappings"}),
+        mappings=tuple(Mapping(source, destination) for _, source, destination in _mappings(document)),
+        agent=_agent(document["agent"]) if "agent" in document else None,
+        manifest=user,
+    )
+
+
+def _parse(path: Path, shown: str) -> dict[str, Any]:
+    """Return what a TOML file holds. Raises ConfigError with one problem."""
+    try:
+        # Opening a FIFO would wait for a writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ConfigError([Problem(shown, "", "not a regular file, expected a TOML file")])
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError([Problem(shown, "", f"cannot be read: {error.strerror}")]) from None
+    try:
+        return tomli.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        message = f"not UTF-8: byte 0x{error.object[error.start]:02x} (at line {line})"
+    except RecursionError:
+        message = "not usable TOML: nested too deeply"
+    except ValueError as error:  # TOMLDecodeError, and Python's limit on the digits of an integer
+        message = f"not valid TOML: {error}"
+    raise ConfigError([Problem(shown, "", message)])
+
+
+def _findings(document: dict[str, Any]) -> Iterator[Finding]:
+    agent = document.get("agent")
+    strategy = agent.get("source_strategy") if isinstance(agent, dict) else None
+    shape = _AGENTS.get(str(strategy), _ANY_AGENT)
+    required = ("version", "strategy", "source", "filesystem")
+    yield from Table({**_FLEDGE, "agent": shape}, required).findings("", document)
+    yield from _collisions(document)
+    if isinstance(agent, dict) and strategy == "release" and "base_url" not in agent:
+        base_url = os.environ.get(BASE_URL_VARIABLE)
+        if base_url and not is_url(base_url):
+            message = f"found {quoted(base_url)} in the variable {BASE_URL_VARIABLE}, expected {_URL.expected}"
+            yield "agent.base_url", message, None
+
+
+def _mappings(document: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield (key path, source, destination) of every well-formed mapping, wherever it was written."""
+    filesystem = document.get("filesystem")
+    inner = filesystem.get("mappings") if isinstance(filesystem, dict) else None
+    for path, table in (("mappings", document.get("mappings")), ("filesystem.mappings", inner)):
+        for source, destination in table.items() if isinstance(table, dict) else ():
+            if isinstance(destination, str) and _is_destination(destination):
+                yield join(path, source), source, destination
+
+
+def _collisions(document: dict[str, Any]) -> Iterator[Finding]:
+    """Yield the mappings whose destination an earlier one has, however it is spelt.
+
+    Destinations that end in '/' are left out: several files may go into one folder. What they and
+    mapped folders come to is compared when the sources are read.
+    """
+    taken: dict[str, str] = {}
+    for path, _, destination in _mappings(document):
+        if destination.endswith("/"):
+            continue
+        target = posixpath.normpath("/" + destination.lstrip("/"))
+        if target in taken:
+            yield path, f"found the destination {quoted(destination)}, which {taken[target]} has already", None
+        taken.setdefault(target, path)
+
+
+def _agent(table: dict[str, str]) -> Agent:
+    agent = Agent(**table)  # type: ignore[arg-type]
+    if agent.checksum:
+        checksum = "sha256:" + agent.checksum.removeprefix("sha256:").lower()
+        agent = msgspec.structs.replace(agent, checksum=checksum)
+    if agent.source_strategy == "release" and not agent.base_url:
+        agent = msgspec.structs.replace(agent, base_url=os.environ.get(BASE_URL_VARIABLE) or None)
+    return agent

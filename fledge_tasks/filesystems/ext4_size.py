@@ -1,0 +1,141 @@
+"""How large an ext4 filesystem must be, and making it empty at that size with mke2fs.
+
+What the filesystem itself takes (bitmaps, inode tables, journal, copies of the superblock) is not
+modelled: mke2fs makes a sparse file in a few milliseconds, so it is asked, by making it and
+reading the superblock, and made again with what was missing or too much.
+"""
+
+from __future__ import annotations
+
+import struct
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from fledge_tasks.errors import FilesystemError
+from fledge_tasks.filesystems.ext4_inode import BLOCK_BYTES
+from fledge_tasks.run import run
+
+FEATURES = (
+    "has_journal", "ext_attr", "resize_inode", "dir_index", "filetype", "extent", "64bit", "flex_bg", "sparse_super",
+    "large_file", "huge_file", "dir_nlink", "extra_isize", "metadata_csum",
+)  # fmt: skip
+MIN_FREE_INODES = 10_000
+BYTES_PER_FREE_INODE = 16_384
+MAX_BLOCKS = 1 << 32
+_CONFIGURATION = "[defaults]\n\tblocksize = 4096\n[fs_types]\n\text4 = {\n\t}\n"
+_BLOCKS_PER_GROUP = 32_768
+_MAX_INODES_PER_GROUP = 32_768 - 256  # leaves room for rounding up
+_MIN_BLOCKS_PER_GROUP = 4_096
+_TOLERANCE_BLOCKS = 64
+_ATTEMPTS = 32
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What decides an image's bytes beside its tree.
+
+    `uuid` and `hash_seed` are 16 bytes each; `epoch` is the time, in seconds, of all that has no
+    time of its own; `buffer_bytes` is what statfs reports as available in the finished filesystem
+    (f_bavail), to within 1 MiB.
+    """
+
+    uuid: bytes
+    hash_seed: bytes
+    epoch: int
+    buffer_bytes: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counters of a superblock."""
+
+    blocks: int
+    free_blocks: int
+    inodes: int
+    free_inodes: int
+
+
+def read_counts(image: Path) -> Counts:
+    """Read the counters of the first superblock ('The Super Block', Linux ext4 documentation)."""
+    with image.open("rb") as file:
+        file.seek(1024)
+        data = file.read(1024)
+    inodes, blocks, _, free, free_inodes = struct.unpack_from("<IIIII", data)
+    blocks_high, _, free_high = struct.unpack_from("<III", data, 0x150)
+    return Counts(blocks_high << 32 | blocks, free_high << 32 | free, inodes, free_inodes)
+
+
+def create(image: Path, scratch: Path, parameters: Parameters, *, needed_blocks: int, inodes: int) -> int:
+    """Make an empty filesystem that has `needed_blocks` and the buffer free; return its blocks.
+
+    At most 1 MiB more than that is free. `inodes` are those that will be used; at least 10,000, a
+    fifth of them and one per 16 KiB of the buffer stay free for the running guest. Raises
+    FilesystemError when ext4 has no such size.
+    """
+    configuration = scratch / "mke2fs.conf"
+    configuration.write_text(_CONFIGURATION)
+    buffer = -(-parameters.buffer_bytes // BLOCK_BYTES)
+    total_inodes = inodes + max(MIN_FREE_INODES, inodes // 5, parameters.buffer_bytes // BYTES_PER_FREE_INODE)
+    blocks = needed_blocks + buffer
+    blocks += blocks // 64 + total_inodes // 16 + _journal_mib(blocks) * _MIB // BLOCK_BYTES
+    for _ in range(_ATTEMPTS):
+        if blocks >= MAX_BLOCKS:
+            raise FilesystemError(f"the image would be {blocks * BLOCK_BYTES >> 40} TiB, the limit is 16 TiB")
+        _mke2fs(image, configuration, parameters, blocks, total_inodes)
+        counts = read_counts(image)
+        # Linux keeps 2 % (at most 4096 blocks) back from statfs (fs/ext4/super.c, ext4_set_resv_clusters).
+        wanted = needed_blocks + buffer + min(counts.blocks // 50, 4096)
+        if counts.blocks < blocks:
+            # mke2fs drops a last group that is too small to hold more than its own bitmaps.
+            blocks += _TOLERANCE_BLOCKS
+        elif not wanted <= counts.free_blocks <= wanted + _TOLERANCE_BLOCKS:
+            blocks += wanted - counts.free_blocks
+        else:
+            return counts.blocks
+    if counts.free_blocks < wanted:
+        raise FilesystemError(f"no ext4 filesystem of about {blocks} blocks has {wanted} of them free")
+    return counts.blocks
+
+
+def _journal_mib(blocks: int) -> int:
+    """Return the journal's size: what mke2fs would choose, up to 64 MiB, by a table of our own."""
+    for limit_blocks, size in ((32_768, 4), (262_144, 16), (524_288, 32)):
+        if blocks < limit_blocks:
+            return size
+    return 64
+
+
+def _mke2fs(image: Path, configuration: Path, parameters: Parameters, blocks: int, inodes: int) -> None:
+    blocks_per_group = _BLOCKS_PER_GROUP
+    # A tree of many empty files needs more groups than its blocks would make.
+    while -(-blocks // blocks_per_group) * _MAX_INODES_PER_GROUP < inodes and blocks_per_group > _MIN_BLOCKS_PER_GROUP:
+        blocks_per_group //= 2
+    image.unlink(missing_ok=True)
+    extended = {
+        "hash_seed": str(uuid.UUID(bytes=parameters.hash_seed)),
+        "lazy_itable_init": "0",  # zeroed here means that the guest does not do it at its first mount
+        "lazy_journal_init": "0",
+        "nodiscard": None,
+        "root_owner": "0:0",
+    }  # in ONE -E: mke2fs keeps only its last
+    argv: list[str | Path] = [
+        "mke2fs", "-q", "-F", "-t", "ext4",
+        "-O", ",".join(["none", *FEATURES]),
+        "-b", str(BLOCK_BYTES),
+        "-I", "256",
+        "-N", str(inodes),
+        "-g", str(blocks_per_group),
+        "-G", "16",
+        "-J", f"size={_journal_mib(blocks)}",
+        "-m", "0",
+        "-e", "continue",
+        "-o", "Linux",
+        "-U", str(uuid.UUID(bytes=parameters.uuid)),
+        "-E", ",".join(name if value is None else f"{name}={value}" for name, value in extended.items()),
+        image,
+        str(blocks),
+    ]  # fmt: skip
+    times = {"E2FSPROGS_FAKE_TIME": str(parameters.epoch), "SOURCE_DATE_EPOCH": str(parameters.epoch)}
+    run(argv, env={"MKE2FS_CONFIG": str(configuration), **times})

@@ -1,0 +1,224 @@
+"""libext2fs, the library of e2fsprogs, through cffi in ABI mode: no compiler and no headers needed.
+
+Declarations are those of `ext2fs/ext2fs.h`, whose ABI is stable since e2fsprogs 1.42 (checked with
+1.47.0). `struct_ext2_filsys` is declared up to the last field that is used here. Data that the
+library calls `struct ext2_inode_large` or a directory block is passed as bytes, built in
+`ext4_inode` and `ext4_directory`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cffi
+
+from fledge_tasks.errors import FilesystemError, ToolError
+
+LIBRARY = "libext2fs.so.2"
+
+_DECLARATIONS = """
+typedef long errcode_t;
+typedef unsigned int ext2_ino_t;
+typedef unsigned long long blk64_t;
+typedef unsigned int blk_t;
+typedef struct struct_io_manager *io_manager;
+struct ext2_xattr_handle;
+
+struct struct_ext2_filsys {
+    errcode_t magic;
+    void *io;
+    int flags;
+    char *device_name;
+    unsigned char *super;
+    unsigned int blocksize;
+    int fragsize;
+    unsigned int group_desc_count;
+    unsigned long desc_blocks;
+    void *group_desc;
+    unsigned int inode_blocks_per_group;
+    void *inode_map;
+    void *block_map;
+    void *get_blocks, *check_directory, *write_bitmaps, *read_inode, *write_inode;
+    void *badblocks;
+    void *dblist;
+    unsigned int stride;
+    void *orig_super;
+    void *image_header;
+    unsigned int umask;
+    long now;
+    ...;
+};
+typedef struct struct_ext2_filsys *ext2_filsys;
+
+extern io_manager unix_io_manager;
+errcode_t ext2fs_open2(const char *, const char *, int, int, unsigned int, io_manager, ext2_filsys *);
+errcode_t ext2fs_read_bitmaps(ext2_filsys);
+errcode_t ext2fs_close_free(ext2_filsys *);
+void ext2fs_free(ext2_filsys);
+errcode_t ext2fs_read_inode_full(ext2_filsys, ext2_ino_t, void *, int);
+errcode_t ext2fs_write_inode_full(ext2_filsys, ext2_ino_t, const void *, int);
+void ext2fs_inode_alloc_stats2(ext2_filsys, ext2_ino_t, int, int);
+void ext2fs_block_alloc_stats_range(ext2_filsys, blk64_t, blk_t, int);
+errcode_t ext2fs_find_first_zero_block_bitmap2(void *, blk64_t, blk64_t, blk64_t *);
+errcode_t ext2fs_find_first_set_block_bitmap2(void *, blk64_t, blk64_t, blk64_t *);
+errcode_t ext2fs_write_dir_block4(ext2_filsys, blk64_t, const void *, int, ext2_ino_t);
+errcode_t ext2fs_extent_block_csum_set(ext2_filsys, ext2_ino_t, void *);
+errcode_t io_channel_write_blk64(void *, unsigned long long, int, const void *);
+errcode_t ext2fs_dirhash(int, const char *, int, const unsigned char *, unsigned int *, unsigned int *);
+errcode_t ext2fs_xattrs_open(ext2_filsys, ext2_ino_t, struct ext2_xattr_handle **);
+errcode_t ext2fs_xattr_set(struct ext2_xattr_handle *, const char *, const void *, size_t);
+errcode_t ext2fs_xattrs_write(struct ext2_xattr_handle *);
+errcode_t ext2fs_xattrs_close(struct ext2_xattr_handle **);
+int ext2fs_get_library_version(const char **, const char **);
+"""
+
+_FLAG_RW, _FLAG_CHANGED, _FLAG_DIRTY, _FLAG_64BITS, _FLAG_MASTER_SB_ONLY = 0x01, 0x02, 0x04, 0x20000, 0x200
+_HALF_MD4 = 1  # EXT2_HASH_HALF_MD4, signed characters
+_SB_KBYTES_WRITTEN, _SB_FLAGS = 0x178, 0x160  # ext4 disk layout, 'The Super Block'
+_SIGNED_HASH, _UNSIGNED_HASH = 0x1, 0x2
+INODE_BYTES = 256
+
+
+@functools.cache
+def _library() -> tuple[Any, Any]:
+    ffi = cffi.FFI()
+    ffi.cdef(_DECLARATIONS.replace("    ...;\n", ""))
+    try:
+        library = ffi.dlopen(LIBRARY)
+        com_err = cffi.FFI()
+        com_err.cdef("const char *error_message(long);")
+        messages = com_err.dlopen("libcom_err.so.2")
+    except OSError as error:
+        raise ToolError(
+            f"{LIBRARY} cannot be loaded: {error}", hint="install it, for example: sudo apt-get install e2fsprogs"
+        ) from None
+    return ffi, (library, lambda code: com_err.string(messages.error_message(code)).decode())
+
+
+def version() -> str:
+    """Return the version of the library, for example '1.47.0'. Raises ToolError."""
+    ffi, (library, _) = _library()
+    text = ffi.new("const char **")
+    library.ext2fs_get_library_version(text, ffi.NULL)
+    return str(ffi.string(text[0]).decode())
+
+
+class NameHash:
+    """The half-MD4 hash by which ext4 orders the names of an indexed folder, for one hash seed."""
+
+    def __init__(self, seed: bytes) -> None:
+        self._ffi, (self._library, _) = _library()
+        self._seed = self._ffi.new("unsigned char[16]", seed)
+        self._major = self._ffi.new("unsigned int *")
+        self._minor = self._ffi.new("unsigned int *")
+
+    def __call__(self, name: bytes) -> tuple[int, int]:
+        """Return (hash, minor hash); the lowest bit of the hash is 0."""
+        self._library.ext2fs_dirhash(_HALF_MD4, name, len(name), self._seed, self._major, self._minor)
+        return self._major[0], self._minor[0]
+
+
+class Ext2Filesystem:
+    """An ext4 filesystem in an image file that is open for filling. Made by `opened`."""
+
+    def __init__(self, ffi: Any, library: Any, handle: Any, message: Any) -> None:
+        self._ffi, self._library, self._fs, self._message = ffi, library, handle, message
+        self._inode = ffi.new(f"unsigned char[{INODE_BYTES}]")
+
+    def read_inode(self, number: int) -> bytes:
+        """Return the 256 bytes of an inode."""
+        self._check(self._library.ext2fs_read_inode_full(self._fs, number, self._inode, INODE_BYTES))
+        return bytes(self._ffi.buffer(self._inode))
+
+    def write_inode(self, number: int, data: bytes) -> None:
+        """Write the 256 bytes of an inode; the checksum is filled in."""
+        self._check(self._library.ext2fs_write_inode_full(self._fs, number, data, INODE_BYTES))
+
+    def take_inode(self, number: int, *, is_directory: bool) -> None:
+        """Mark an inode as used."""
+        self._library.ext2fs_inode_alloc_stats2(self._fs, number, 1, is_directory)
+
+    def mark_blocks(self, start: int, count: int, *, used: bool) -> None:
+        """Mark a run of blocks as used or free."""
+        self._library.ext2fs_block_alloc_stats_range(self._fs, start, count, 1 if used else -1)
+
+    def free_runs(self, blocks: int) -> Iterator[tuple[int, int]]:
+        """Yield (start, count) of the runs of free blocks below `blocks`, in order."""
+        bitmap, found = self._fs.block_map, self._ffi.new("blk64_t *")
+        start = 0
+        while start < blocks:
+            if self._library.ext2fs_find_first_zero_block_bitmap2(bitmap, start, blocks - 1, found):
+                return
+            start = found[0]
+            error = self._library.ext2fs_find_first_set_block_bitmap2(bitmap, start, blocks - 1, found)
+            end = blocks if error else found[0]
+            yield start, end - start
+            start = end
+
+    def write_directory_block(self, block: int, data: bytes, inode: int) -> None:
+        """Write a folder's block, index blocks included; the checksum is filled in."""
+        self._check(self._library.ext2fs_write_dir_block4(self._fs, block, data, 0, inode))
+
+    def write_extent_block(self, block: int, data: bytes, inode: int) -> None:
+        """Write a block of an inode's extent tree; the checksum is filled in."""
+        buffer = self._ffi.new("unsigned char[]", data)
+        self._check(self._library.ext2fs_extent_block_csum_set(self._fs, inode, buffer))
+        self._check(self._library.io_channel_write_blk64(self._fs.io, block, 1, buffer))
+
+    def write_block(self, block: int, data: bytes) -> None:
+        """Write a block that carries no checksum."""
+        self._check(self._library.io_channel_write_blk64(self._fs.io, block, 1, data))
+
+    def set_xattrs(self, number: int, xattrs: list[tuple[bytes, bytes]], where: str) -> None:
+        """Store extended attributes, inside the inode first, then in a block of their own.
+
+        POSIX ACLs are converted to ext4's form. Raises FilesystemError naming `where` when they
+        do not fit.
+        """
+        handle = self._ffi.new("struct ext2_xattr_handle **")
+        self._check(self._library.ext2fs_xattrs_open(self._fs, number, handle))
+        try:
+            for name, value in xattrs:
+                self._check(self._library.ext2fs_xattr_set(handle[0], name, value, len(value)), where, name)
+            self._check(self._library.ext2fs_xattrs_write(handle[0]), where)
+        finally:
+            self._library.ext2fs_xattrs_close(handle)
+
+    def _check(self, code: int, where: str | None = None, xattr: bytes | None = None) -> None:
+        if code:
+            about = f"extended attribute {xattr.decode(errors='backslashreplace')}: " if xattr else ""
+            raise FilesystemError(f"{about}libext2fs: {self._message(code)}", where=where)
+
+
+@contextlib.contextmanager
+def opened(image: Path, now: int) -> Iterator[Ext2Filesystem]:
+    """Open the filesystem in `image` for filling, all its times being `now`.
+
+    Closing writes bitmaps, group descriptors, and all copies of the superblock. On an exception
+    nothing more is written, and the image is of no use. Raises FilesystemError.
+    """
+    ffi, (library, message) = _library()
+    handle = ffi.new("ext2_filsys *")
+    filesystem = Ext2Filesystem(ffi, library, ffi.NULL, message)
+    flags = _FLAG_RW | _FLAG_64BITS
+    filesystem._check(library.ext2fs_open2(bytes(image), ffi.NULL, flags, 0, 0, library.unix_io_manager, handle))
+    try:
+        fs = filesystem._fs = handle[0]
+        fs.now = now
+        # Which characters of names are negative depends on the machine that ran mke2fs, and the
+        # count of written kilobytes on its filesystem: both are fixed, in every superblock.
+        fs.super[_SB_FLAGS] = fs.super[_SB_FLAGS] & ~_UNSIGNED_HASH | _SIGNED_HASH
+        fs.super[_SB_KBYTES_WRITTEN : _SB_KBYTES_WRITTEN + 8] = list(bytes(8))
+        fs.flags = (fs.flags | _FLAG_DIRTY | _FLAG_CHANGED) & ~_FLAG_MASTER_SB_ONLY
+        filesystem._check(library.ext2fs_read_bitmaps(fs))
+        yield filesystem
+    except BaseException:
+        fs = handle[0]
+        fs.flags &= ~(_FLAG_DIRTY | _FLAG_CHANGED)
+        library.ext2fs_free(fs)
+        raise
+    filesystem._check(library.ext2fs_close_free(handle))

@@ -1,0 +1,106 @@
+"""SIGINT, SIGTERM and SIGHUP as one exception, raised once, in the main process and in its workers."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+SIGNALS = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+_REPEAT_SECONDS = 0.5
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run. Programs exit with `exit_code`, 130 for SIGINT and 143 for SIGTERM."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+        self.exit_code = 128 + signum
+
+
+class _Interrupter:
+    """The main process's signal handler: the first signal raises Interrupted, a later one ends at once."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._raised_at = 0.0
+
+    def __call__(self, signum: int, _frame: FrameType | None) -> None:
+        if self.signum is None:
+            self.signum = signum
+            self._raised_at = time.monotonic()
+            raise Interrupted(signum)
+        # timeout(1) signals its child and then the child's group: that is one signal, not two.
+        if time.monotonic() - self._raised_at > _REPEAT_SECONDS:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            os._exit(128 + signum)
+
+
+_interrupter: _Interrupter | None = None
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[bool]:
+    """Let SIGINT, SIGTERM and SIGHUP raise Interrupted in this block, once.
+
+    A second signal kills the workers and exits. Signals that are ignored (nohup) stay ignored.
+    Within another such block, or outside of the main thread, nothing changes and the value is False.
+    """
+    global _interrupter  # noqa: PLW0603
+    if _interrupter is not None or threading.current_thread() is not threading.main_thread():
+        yield False
+        return
+    _interrupter = _Interrupter()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, _interrupter)
+        yield True
+    finally:
+        _interrupter = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check() -> None:
+    """Raise Interrupted again if there was a signal: Python drops what is raised in a weakref callback."""
+    if _interrupter is not None and _interrupter.signum is not None:
+        raise Interrupted(_interrupter.signum)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Put off our signals to the end of this block, which must be short."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def handle_in_worker() -> None:
+    """Let SIGTERM raise Interrupted, once, in this worker process, which was forked while signals were held.
+
+    A terminal signals the whole group, but it is the main process that decides and sends SIGTERM.
+    """
+    signal.signal(signal.SIGINT, _nothing)
+    signal.signal(signal.SIGHUP, _nothing)
+    signal.signal(signal.SIGTERM, _raise_once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _nothing(_signum: int, _frame: FrameType | None) -> None:
+    """Handle a signal by doing nothing; unlike SIG_IGN, programs do not inherit it."""
+
+
+def _raise_once(signum: int, _frame: FrameType | None) -> None:
+    signal.signal(signum, _nothing)
+    raise Interrupted(signum)

@@ -1,0 +1,131 @@
+"""Keys: what each stage is made from, as frozen records. Every field is key material.
+
+The key of a record is the sha256 of a readable text, one line per value, that is stored with what
+was built:
+
+    text  = first line*
+    first = "fledge-tasks " stage " " format number "\\n"
+    line  = field ("." field | "[" number "]")* " = " JSON value "\\n"
+
+Paths of the host, times, the build folder and the number of jobs are in no record, so a key is the
+same on every machine. A change of what a stage writes for the same fields is a new format number.
+
+Version history of the formats: all 1, first version.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import msgspec
+
+from fledge_tasks.digest import Digest, sha256_bytes
+from fledge_tasks.mappings import MappedFile
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of the records. A subclass's name, in lower case, is the name of its stage."""
+
+    FORMAT: ClassVar[int] = 1
+
+    @classmethod
+    def stage(cls) -> str:
+        """Return the name of the stage."""
+        return cls.__name__.lower()
+
+    def text(self) -> str:
+        """Return the text whose sha256 is the key."""
+        lines = _lines("", msgspec.to_builtins(self))
+        return "".join([f"fledge-tasks {self.stage()} {self.FORMAT}\n", *lines])
+
+    def key(self) -> Digest:
+        """Return the key."""
+        return sha256_bytes(self.text().encode())
+
+
+def _lines(name: str, value: object) -> Iterator[str]:
+    if isinstance(value, dict) and value:
+        for field, below in sorted(value.items()):
+            yield from _lines(f"{name}.{field}" if name else str(field), below)
+    elif isinstance(value, list | tuple) and value:
+        for number, below in enumerate(value):
+            yield from _lines(f"{name}[{number}]", below)
+    else:
+        yield f"{name} = {json.dumps(value)}\n"
+
+
+class Config(Stage, frozen=True, kw_only=True):
+    """An image's OCI config JSON. Made by the stage 'resolve'."""
+
+    digest: str
+
+
+class Agent(Stage, frozen=True, kw_only=True):
+    """A downloaded agent binary. Made by the stage 'resolve'."""
+
+    digest: str
+
+
+class Blob(Stage, frozen=True, kw_only=True):
+    """A layer as it is transferred. Made by the stage 'fetch', dropped once it is unpacked."""
+
+    digest: str
+    size: int
+
+
+class Unpack(Stage, frozen=True, kw_only=True):
+    """An unpacked layer, whatever compression it came in."""
+
+    diff_id: str
+
+
+class Customize(Stage, frozen=True, kw_only=True):
+    """The layer that comes on top: OCI config, agent, mapped files. Made by the stage 'mkfs'."""
+
+    config: str
+    agent: str | None
+    mapped: tuple[MappedFile, ...]
+    epoch: int
+
+
+class Content(Stage, frozen=True, kw_only=True):
+    """What an image is made from, without our formats and the tools' versions: names its UUID."""
+
+    diff_ids: tuple[str, ...]
+    customization: Customize
+    filesystem: Literal["ext4", "xfs", "btrfs"]
+    buffer_mib: int
+
+
+class Mkfs(Stage, frozen=True, kw_only=True):
+    """A filesystem without its file data."""
+
+    layers: tuple[str, ...]
+    """Keys of the unpacked layers, from the lowest up, and of the customization."""
+    type: Literal["ext4", "xfs", "btrfs"]
+    buffer_mib: int
+    epoch: int
+    uuid: str
+    tools: tuple[str, ...]
+
+
+class Assemble(Stage, frozen=True, kw_only=True):
+    """An image file."""
+
+    filesystem: str
+    preallocate: bool
+
+
+class Manifest(Stage, frozen=True, kw_only=True):
+    """A manifest file. Unlike all others it names a path of this host, since its content does."""
+
+    user: str
+    name: str
+    image: str
+    image_digest: str
+    config: str
+    filesystem: str
+    rootfs: str
+    checksum: str

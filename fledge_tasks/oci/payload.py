@@ -1,0 +1,99 @@
+"""The payload file of a layer: the data of its regular files, one after the other, in whole blocks.
+
+Files are small and many, so their data is gathered in a large buffer: there is one system call for
+megabytes of payload, and none per file.
+"""
+
+from __future__ import annotations
+
+import os
+
+import xxhash
+
+from fledge_tasks.fsutil import write_all
+from fledge_tasks.oci.layer_index import BLOCK_BYTES
+
+_BUFFER_BYTES = 1 << 21
+_ZEROS = memoryview(bytes(BLOCK_BYTES))
+
+
+class PayloadWriter:
+    """Appends to the payload file `fd`, which must be empty and stays open.
+
+    Every method raises OSError when the file cannot be written. What the file holds is of use only
+    after `close`.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        self._fill = 0
+        self._written_bytes = 0
+        self._hash = xxhash.xxh3_128()
+
+    @property
+    def block(self) -> int:
+        """Index of the block that comes next; the file must be at a block boundary."""
+        return (self._written_bytes + self._fill) // BLOCK_BYTES
+
+    def write(self, data: memoryview) -> None:
+        """Append `data`."""
+        fill = self._fill
+        end = fill + len(data)
+        while end > _BUFFER_BYTES:
+            count = _BUFFER_BYTES - fill
+            self._buffer[fill:] = data[:count]
+            data = data[count:]
+            self._fill = _BUFFER_BYTES
+            self._flush()
+            fill, end = 0, len(data)
+        self._buffer[fill:end] = data
+        self._fill = end
+
+    def write_zeros(self, count: int) -> None:
+        """Append less than a block of zeros."""
+        self.write(_ZEROS[:count])
+
+    def pad(self) -> None:
+        """Append zeros up to the next block boundary."""
+        # Cannot overflow: the buffer is whole blocks, and so is what was written of it before.
+        fill = self._fill
+        end = fill + -fill % BLOCK_BYTES
+        self._buffer[fill:end] = _ZEROS[: end - fill]
+        self._fill = end
+
+    def add_file(self, fd: int, size: int) -> int:
+        """Append the `size` bytes from the position of `fd` to its end, padded, and return their first block.
+
+        Raises ValueError when there are fewer or more, OSError when they cannot be read.
+        """
+        block = self.block
+        left = size
+        while left:
+            if self._fill == _BUFFER_BYTES:
+                self._flush()
+            count = os.readv(fd, [self._buffer[self._fill : self._fill + left]])
+            if not count:
+                raise ValueError(f"the file has {size - left} bytes, {size} were expected")
+            self._fill += count
+            left -= count
+        if os.read(fd, 1):
+            raise ValueError(f"the file has more than the {size} bytes that were expected")
+        self.pad()
+        return block
+
+    def close(self) -> tuple[int, str]:
+        """Write what is buffered; return the size in bytes and the XXH3-128 (hexadecimal) of the payload.
+
+        Does not sync or close the file.
+        """
+        self.pad()
+        self._flush()
+        return self._written_bytes, self._hash.hexdigest()
+
+    def _flush(self) -> None:
+        data = self._buffer[: self._fill]
+        self._hash.update(data)
+        write_all(self._fd, data)
+        self._written_bytes += self._fill
+        self._fill = 0

@@ -1,0 +1,458 @@
+"""Where images come from: looking at them, and getting their blobs.
+
+Registries, daemons, containers-storage and docker-archives are reached through skopeo, so the
+host's registries.conf, policy.json and logins hold; OCI layouts and `dir:` folders are read as they
+lie there. Every byte that leaves this module was checked against its digest. Nothing is kept here:
+the caller gives a scratch folder, which holds nothing of ours when a call has ended, except the
+blobs that a Resolution names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fledge_tasks.digest import sha256_bytes, sha256_file
+from fledge_tasks.errors import (
+    BlobError,
+    CommandError,
+    ImageNotFoundError,
+    NoDaemonError,
+    OfflineError,
+    SourceError,
+)
+from fledge_tasks.fsutil import remove_tree, temp_folder
+from fledge_tasks.oci import daemon
+from fledge_tasks.oci.layout import LocalImage, adopt, open_image, wrong_blob
+from fledge_tasks.oci.manifest import (
+    Descriptor,
+    Image,
+    LayerRef,
+    Manifest,
+    Platform,
+    check_platform,
+    find_manifest,
+    image_from,
+    parse,
+)
+from fledge_tasks.oci.reference import PATH_TRANSPORTS, Reference
+from fledge_tasks.run import run
+
+_POLL_SECONDS = 0.2
+_COPY = ("copy", "--quiet", "--remove-signatures", "--retry-times", "2")
+_CHANGED_HINT = "run again"
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What a reference stands for now.
+
+    config    the image's config JSON, byte for byte
+    identity  of a registry image the manifest's digest, of a local one what `identity` returns
+    blobs     a folder inside the scratch folder that holds all layer blobs, unchecked, named by the
+              hex digits of `LayerRef.blob`, when they had to be exported anyway; `layout.adopt`
+              checks and takes them. None when `fetch` has to get them.
+    """
+
+    image: Image
+    config: bytes
+    identity: str
+    blobs: Path | None = None
+
+
+def resolve(
+    reference: Reference,
+    *,
+    folder: Path,
+    platform: str,
+    scratch: Path,
+    offline: bool = False,
+    digest_of: Callable[[Path], str] = sha256_file,
+) -> Resolution:
+    """Find out which image a reference stands for.
+
+    `folder` is where relative paths start. Without a transport the Docker daemon is asked first and
+    the registry second; only 'no daemon' and 'no such image' lead to the registry. Raises
+    ImageNotFoundError, NoDaemonError, OfflineError (the registry would be needed and `offline` is
+    set), BlobError, SourceError, InputError (the platform), ToolError.
+    """
+    asked = Platform.parse(platform)
+    scratch = Path(os.path.abspath(scratch))
+    if reference.transport is None:
+        return _resolve_daemon_first(reference, asked, scratch, offline)
+    if reference.transport == "docker":
+        return _resolve_registry(reference, asked, scratch, offline)
+    if reference.transport == "docker-daemon":
+        return _resolve_daemon(reference, asked, scratch)
+    seen = identity(reference, folder=folder, platform=platform, digest_of=digest_of) or ""
+    if reference.transport in ("docker-archive", "containers-storage"):
+        where = _where(reference, folder)
+        with _work_folder(scratch, keep_on_success=True) as work:
+            source, options = _export_source(reference, folder, work)
+            blobs = _export(source, options, asked, work, where)
+            return _read_export(blobs, reference.transport, asked, where=where, seen=seen)
+    path = _local_path(reference, folder)
+    where = _where(reference, folder)
+    with open_image(path, reference.transport, where) as local:
+        return _read(local, reference.tag, reference.transport, asked, where=where, seen=seen)
+
+
+def identity(
+    reference: Reference, *, folder: Path, platform: str, digest_of: Callable[[Path], str] = sha256_file
+) -> str | None:
+    """Return a text that changes when a local source changes; None for a registry image.
+
+    Cheap: a daemon image's ID (nothing is exported), the digest of the manifest in a layout, of
+    `manifest.json` and `version` in a `dir:` folder, of the manifest in containers-storage, and of
+    an archive as a whole, for which `digest_of` may remember what it has read before. Without a transport it is None when the daemon does not have the
+    image. Raises the errors of `resolve`.
+    """
+    asked = Platform.parse(platform)
+    if reference.transport == "docker":
+        return None
+    if reference.transport == "docker-daemon":
+        return daemon.inspect(reference.docker_name).id
+    if reference.transport is None:
+        with contextlib.suppress(NoDaemonError, ImageNotFoundError):
+            return daemon.inspect(reference.docker_name).id
+        return None
+    where = _where(reference, folder)
+    if reference.transport == "containers-storage":
+        return sha256_bytes(_skopeo(["inspect", "--raw", reference.canonical], where=where))
+    path = _local_path(reference, folder)
+    if reference.transport == "oci":
+        with open_image(path, "oci", where) as local:
+            manifest = find_manifest(local.top(reference.tag, asked), asked, local.read, where=where)
+        return sha256_bytes(manifest)
+    try:
+        if reference.transport == "dir":
+            state = hashlib.sha256((path / "manifest.json").read_bytes())
+            with contextlib.suppress(FileNotFoundError):
+                state.update((path / "version").read_bytes())
+            return f"sha256:{state.hexdigest()}"
+        return digest_of(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ImageNotFoundError("there is no image: it holds no manifest.json", where=where) from None
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error}", where=where) from None
+
+
+def fetch(
+    reference: Reference,
+    image: Image,
+    wanted: Collection[LayerRef],
+    *,
+    folder: Path,
+    into: Path,
+    scratch: Path,
+    advance: Callable[[int], None],
+    offline: bool = False,
+) -> None:
+    """Put the blob of each wanted layer of a resolved image at `into/<hex of LayerRef.blob>`.
+
+    From a registry only the wanted blobs are transferred, by the manifest's digest. `advance` gets
+    the growth in bytes, all in all the sum of the wanted sizes, partly from another thread. With
+    `scratch` on the filesystem of `into`, nothing is copied twice. Files are not synced. On an
+    error, `into` holds some of the wanted blobs, each of them whole and checked; a second call
+    starts from the beginning. Raises BlobError for a blob of another digest or size, SourceError
+    when a local image is not the resolved one any more, and the errors of `resolve`.
+    """
+    layers = list({layer.blob: layer for layer in wanted}.values())
+    if not layers:
+        return
+    total = sum(layer.size for layer in layers)
+    where = _where(reference, folder)
+    if image.origin == "docker" and offline:
+        raise OfflineError(f"{len(layers)} layers would have to be fetched", where=where)
+    with _work_folder(Path(os.path.abspath(scratch))) as work, contextlib.ExitStack() as stack:
+        if image.origin in ("oci", "oci-archive", "dir"):
+            local = stack.enter_context(open_image(_local_path(reference, folder), image.origin, where))
+            for layer in layers:
+                blob = work / layer.blob.removeprefix("sha256:")
+                local.copy(layer, blob, advance)
+                adopt(blob, layer, into, where=where)
+                blob.unlink()
+            return
+        kept = {layer.blob.removeprefix("sha256:") for layer in image.layers} - {layer.blob[7:] for layer in layers}
+        with _watched(work, kept, total, advance):
+            if image.origin == "docker" and not any(layer.is_foreign for layer in layers):
+                blobs = _copy_from_registry(reference, image, kept, work, where)
+            else:
+                blobs = _export_again(reference, image, folder, work, where)
+            for layer in layers:
+                adopt(blobs / layer.blob.removeprefix("sha256:"), layer, into, where=where)
+
+
+def _resolve_daemon_first(reference: Reference, platform: Platform, scratch: Path, offline: bool) -> Resolution:
+    try:
+        return _resolve_daemon(reference, platform, scratch)
+    except (NoDaemonError, ImageNotFoundError) as error:
+        first = error
+    try:
+        return _resolve_registry(reference, platform, scratch, offline)
+    except SourceError as second:
+        message = f"{second.message}\n  the Docker daemon was asked first: {first.message}"
+        raise type(second)(message, where=second.where, hint=second.hint) from None
+
+
+def _resolve_registry(reference: Reference, platform: Platform, scratch: Path, offline: bool) -> Resolution:
+    where = reference.canonical
+    if offline:
+        raise OfflineError("the registry would have to be asked", where=where)
+
+    def read(descriptor: Descriptor) -> bytes:
+        return _skopeo(["inspect", "--raw", f"docker://{reference.name}@{descriptor.digest}"], where=where)
+
+    with _work_folder(scratch) as work:
+        top = _skopeo(["inspect", "--raw", f"docker://{reference.docker_name}"], where=where)
+        if reference.digest and sha256_bytes(top) != reference.digest:
+            raise wrong_blob(reference.digest, sha256_bytes(top), "a manifest of that digest", where)
+        manifest = find_manifest(top, platform, read, where=where)
+        digest = sha256_bytes(manifest)
+        by_digest = f"docker://{reference.name}@{digest}"
+        config = _skopeo(["inspect", "--config", "--raw", by_digest], where=where, work=work)
+    image = image_from(manifest, config, origin="docker", platform=platform, where=where)
+    return Resolution(image, config, identity=digest)
+
+
+def _resolve_daemon(reference: Reference, platform: Platform, scratch: Path) -> Resolution:
+    found = daemon.inspect(reference.docker_name)
+    where = _where(reference, scratch)
+    check_platform(found.os, found.architecture, found.variant, platform, where=where)
+    with _work_folder(scratch, keep_on_success=True) as work:
+        # By ID: a name could stand for another image by now.
+        blobs = _export(f"docker-daemon:{found.id}", daemon.skopeo_options(), platform, work, where)
+        resolution = _read_export(blobs, "docker-daemon", platform, where=where, seen=found.id)
+        if found.is_config_id:
+            _check_unchanged(resolution.image.config, found.id, where)
+        return resolution
+
+
+def _read_export(blobs: Path, origin: str, platform: Platform, *, where: str, seen: str) -> Resolution:
+    with open_image(blobs, "dir", where) as local:
+        return replace(_read(local, None, origin, platform, where=where, seen=seen), blobs=blobs)
+
+
+def _read(local: LocalImage, tag: str | None, origin: str, platform: Platform, *, where: str, seen: str) -> Resolution:
+    manifest = find_manifest(local.top(tag, platform), platform, local.read, where=where)
+    document = parse(manifest, where=where)
+    assert isinstance(document, Manifest)
+    config = local.read(document.config)
+    image = image_from(manifest, config, origin=origin, platform=platform, where=where)
+    return Resolution(image, config, identity=seen)
+
+
+def _copy_from_registry(reference: Reference, image: Image, kept: set[str], work: Path, where: str) -> Path:
+    blobs = work / "layout" / "blobs" / "sha256"
+    blobs.mkdir(parents=True)
+    sizes = {layer.blob.removeprefix("sha256:"): layer.size for layer in image.layers}
+    for name in kept:
+        # skopeo takes a blob for transferred if a file of the right size is there (tried with 1.9).
+        with (blobs / name).open("xb") as file:
+            file.truncate(sizes[name])
+    # Relative to the working folder, since ':' in a path confuses skopeo. Without the option it
+    # would compress layers that are plain tars, under another digest.
+    source = f"docker://{reference.name}@{image.manifest}"
+    _skopeo([*_COPY, "--dest-oci-accept-uncompressed-layers", source, "oci:layout"], where=where, work=work)
+    return blobs
+
+
+def _export_again(reference: Reference, image: Image, folder: Path, work: Path, where: str) -> Path:
+    platform = Platform.parse(image.platform)
+    if image.origin == "docker":
+        source, options = f"docker://{reference.name}@{image.manifest}", list[str]()
+    elif image.origin == "docker-daemon":
+        try:
+            found = daemon.inspect(image.config)
+        except ImageNotFoundError:  # the containerd image store does not know images by their config
+            found = daemon.inspect(reference.docker_name)
+        source, options = f"docker-daemon:{found.id}", daemon.skopeo_options()
+    else:
+        source, options = _export_source(reference, folder, work)
+    blobs = _export(source, options, platform, work, where)
+    with open_image(blobs, "dir", where) as local:
+        document = parse(local.top(None, platform), where=where)
+    if isinstance(document, Manifest):
+        _check_unchanged(document.config.digest, image.config, where)
+    return blobs
+
+
+def _export_source(reference: Reference, folder: Path, work: Path) -> tuple[str, list[str]]:
+    if reference.transport == "containers-storage":
+        return reference.canonical, []
+    # A link, since ':' in the path confuses skopeo.
+    (work / "archive").symlink_to(_local_path(reference, folder))
+    return "docker-archive:archive" + (f":{reference.tag}" if reference.tag else ""), []
+
+
+def _export(source: str, options: Sequence[str], platform: Platform, work: Path, where: str) -> Path:
+    # Into dir:, the one target that leaves layers as they are.
+    override = ["--override-os", platform.os, "--override-arch", platform.architecture]
+    if platform.variant:
+        override += ["--override-variant", platform.variant]
+    _skopeo([*override, *_COPY, *options, source, "dir:export"], where=where, work=work)
+    return work / "export"
+
+
+def _check_unchanged(found: str, expected: str, where: str) -> None:
+    if found != expected:
+        message = f"the image changed meanwhile: found config {found}, expected {expected}"
+        raise SourceError(message, where=where, hint=_CHANGED_HINT)
+
+
+def _local_path(reference: Reference, folder: Path) -> Path:
+    path = Path(os.path.abspath(folder / reference.path))
+    if not path.exists():
+        raise ImageNotFoundError(
+            f"there is nothing at {path}", where=reference.canonical, hint=f"relative paths start at {folder}"
+        )
+    return path
+
+
+def _where(reference: Reference, folder: Path) -> str:
+    if reference.transport not in PATH_TRANSPORTS:
+        return reference.canonical
+    return f"{reference.canonical} ({os.path.abspath(folder / reference.path)})"
+
+
+@contextlib.contextmanager
+def _work_folder(scratch: Path, *, keep_on_success: bool = False) -> Iterator[Path]:
+    work = temp_folder(scratch, "source")
+    try:
+        yield work
+    except BaseException:
+        remove_tree(work)
+        raise
+    if not keep_on_success:
+        remove_tree(work)
+
+
+@contextlib.contextmanager
+def _watched(folder: Path, ignored: set[str], total: int, advance: Callable[[int], None]) -> Iterator[None]:
+    """Report the growth of the files below `folder` while the block runs: skopeo's own progress is for eyes."""
+    reported = 0
+    ended = threading.Event()
+
+    def report(found: int) -> None:
+        nonlocal reported
+        if (growth := min(found, total) - reported) > 0:
+            reported += growth
+            advance(growth)
+
+    def watch() -> None:
+        while not ended.wait(_POLL_SECONDS):
+            report(_bytes_below(folder, ignored))
+
+    watcher = threading.Thread(target=watch, name="fetch-progress", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+    report(total)
+
+
+def _bytes_below(folder: Path, ignored: set[str]) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if name not in ignored:
+                with contextlib.suppress(OSError):  # skopeo renames its files when they are whole
+                    total += os.lstat(os.path.join(parent, name)).st_size
+    return total
+
+
+def _skopeo(arguments: Sequence[str], *, where: str, work: Path | None = None) -> bytes:
+    # TMPDIR: skopeo would put whole images into /var/tmp.
+    env = {"TMPDIR": str(work)} if work else None
+    try:
+        return run(["skopeo", *arguments], cwd=work, env=env)
+    except CommandError as error:
+        raise _explained(error, where) from error
+
+
+_REGISTRIES_CONF = "in ~/.config/containers/registries.conf (see containers-registries.conf(5))"
+# What skopeo prints, from the most telling to the least: a registry's 'denied' may quote a 404.
+_FAILURES: tuple[tuple[str, type[SourceError], str, str | None], ...] = (
+    (
+        r"policy\.json: no such file|Source image rejected",
+        SourceError,
+        "skopeo's signature policy does not let it through",
+        "see containers-policy.json(5); distributions ship a default as /etc/containers/policy.json "
+        "(Debian: sudo apt-get install golang-github-containers-common)",
+    ),
+    (r"no space left on device", SourceError, "there is no space left for it", "free some space, or set TMPDIR"),
+    (
+        r"server gave HTTP response to HTTPS client",
+        SourceError,
+        "the registry speaks plain HTTP",
+        f"allow it with `insecure = true` for its location {_REGISTRIES_CONF}",
+    ),
+    (
+        r"x509: |tls: ",
+        SourceError,
+        "the registry's TLS certificate is not accepted",
+        "put its CA certificate into /etc/containers/certs.d/<registry>/ca.crt, "
+        f"or set `insecure = true` for its location {_REGISTRIES_CONF}",
+    ),
+    (
+        r"toomanyrequests|429 \(?Too Many|too many requests",
+        SourceError,
+        "the registry limits the rate of requests",
+        "wait, or log in with `skopeo login <registry>` for a higher limit",
+    ),
+    (
+        r"unauthorized|authentication required|access to the resource is denied|denied:|invalid username/password|"
+        r"40[13] \((?:Unauthorized|Forbidden)\)|StatusCode: 40[13]",
+        SourceError,
+        "the registry does not let us read the image: it is private, or there is no such repository",
+        "check the name, or log in with `skopeo login <registry>`; "
+        "REGISTRY_AUTH_FILE may name another file with logins",
+    ),
+    (
+        r"manifest unknown|name unknown|repository name not known|404 \(?Not Found|StatusCode: 404|"
+        r"does not resolve to an image ID|identifier is not an image|Tag .* not found|Invalid source index|"
+        r"No such image|reference does not exist",
+        ImageNotFoundError,
+        "there is no such image",
+        "check the name and tag",
+    ),
+    (
+        r"Digest did not match|does not match expected sha256|unexpected EOF",
+        BlobError,
+        "a blob is not what its manifest promises",
+        "the source or the way to it damages data; push the image again, or look at mirrors and proxies",
+    ),
+    (
+        r"no such host|connection refused|connection reset|network is unreachable|no route to host|i/o timeout|"
+        r"TLS handshake timeout|deadline exceeded|StatusCode: 50\d|proxyconnect|: EOF",
+        SourceError,
+        "the source cannot be reached",
+        "check the network, the name of the registry and the proxy settings; --offline builds from what is cached",
+    ),
+)
+_SHA256 = r"(sha256:[0-9a-f]{64})"
+_GOT = re.compile(rf"expected {_SHA256}, got {_SHA256}")
+_NOT_EXPECTED = re.compile(rf"digest {_SHA256} does not match expected {_SHA256}")
+
+
+def _explained(error: CommandError, where: str) -> SourceError:
+    for pattern, kind, meaning, hint in _FAILURES:
+        if re.search(pattern, error.stderr):
+            return kind(f"{_mismatch(error.stderr) or meaning}\n  {error.message}", where=where, hint=hint)
+    return SourceError(error.message, where=where)
+
+
+def _mismatch(stderr: str) -> str | None:
+    if match := _GOT.search(stderr):
+        return f"blob {match[1]}: found {match[2]}"
+    if match := _NOT_EXPECTED.search(stderr):
+        return f"blob {match[2]}: found {match[1]}"
+    return None

@@ -1,0 +1,76 @@
+"""The finished files of an image, and how they are known to be untouched.
+
+`build/<name>/.fledge.json` says, for each file that we wrote there, from which key it was made and
+what stat said of it then: {"<file>": {"key", "sha256", "size", "mtime_ns", "inode"}}. A file that
+someone booted, edited, replaced or deleted no longer fits and is made again. The record is written
+after the file, so a crash between the two only means that the file is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import msgspec
+
+from fledge_tasks import fsutil
+from fledge_tasks.digest import Digest
+
+RECORD = ".fledge.json"
+
+
+class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is known of one file."""
+
+    key: str
+    sha256: str
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+def look(path: Path, key: str) -> Written | str:
+    """Return the record of the file if it is the one made from `key`, else the reason why it is not."""
+    record = _read(path.parent).get(path.name)
+    try:
+        status = path.stat()
+    except OSError:
+        return f"{path.name} is not there"
+    if record is None:
+        return f"{path.name} was not made by this build"
+    if (status.st_size, status.st_mtime_ns, status.st_ino) != (record.size, record.mtime_ns, record.inode):
+        return f"{path.name} was changed since it was written"
+    if record.key != key:
+        return "what goes in has changed"
+    return record
+
+
+def remember(path: Path, key: str, sha256: Digest) -> Written:
+    """Record that the file was just made from `key`. Atomic."""
+    status = path.stat()
+    written = Written(key, sha256, status.st_size, status.st_mtime_ns, status.st_ino)
+    records = {**_read(path.parent), path.name: written}
+    fsutil.write_atomic(path.parent / RECORD, msgspec.json.format(msgspec.json.encode(records), indent=1))
+    return written
+
+
+def remove(path: Path) -> bool:
+    """Delete an image's file, its record, and the folder once it is empty. True if there was a file."""
+    was_there = path.exists()
+    path.unlink(missing_ok=True)
+    fsutil.remove_stale(path)
+    records = _read(path.parent)
+    if records.pop(path.name, None) is not None and records:
+        fsutil.write_atomic(path.parent / RECORD, msgspec.json.format(msgspec.json.encode(records), indent=1))
+    elif not records:
+        (path.parent / RECORD).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something of the user's is in it, or it is not there
+        path.parent.rmdir()
+    return was_there
+
+
+def _read(folder: Path) -> dict[str, Written]:
+    try:
+        return msgspec.json.decode((folder / RECORD).read_bytes(), type=dict[str, Written])
+    except (OSError, msgspec.MsgspecError):
+        return {}

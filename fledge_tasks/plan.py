@@ -1,0 +1,282 @@
+"""What an image is made of, worked out from its fledge.toml, the lock file and local files alone.
+
+A plan holds the keys of all stages before anything is fetched. An image that is not resolved yet,
+or whose local source is another one than the lock file says, has no plan until it is resolved.
+Nothing is built here, and nothing is written but the index.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from fledge_tasks import agent
+from fledge_tasks.config import ImageConfig
+from fledge_tasks.digest import Digest
+from fledge_tasks.errors import FilesystemError, FledgeError, InputError, LockError
+from fledge_tasks.index import FileDigests
+from fledge_tasks.keys import Agent, Assemble, Blob, Config, Content, Customize, Manifest, Mkfs, Unpack
+from fledge_tasks.lock import LockedAgent, LockedImage, LockFile
+from fledge_tasks.mappings import MappedFile, expand
+from fledge_tasks.oci import reference, source
+from fledge_tasks.oci.manifest import LayerRef
+from fledge_tasks.oci.reference import Reference
+from fledge_tasks.store import Store
+from fledge_tasks.tools import MKE2FS
+from fledge_tasks.workspace import Workspace
+
+EPOCH_VARIABLE = "SOURCE_DATE_EPOCH"
+_MAX_EPOCH = 1 << 32  # the superblock's times that we can fake have 32 bits
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of an image, and the records of its blob and of what it is unpacked to."""
+
+    ref: LayerRef
+    blob: Blob
+    unpack: Unpack
+
+    @classmethod
+    def of(cls, ref: LayerRef) -> Layer:
+        """Return the records of a layer."""
+        return cls(ref, Blob(digest=ref.blob, size=ref.size), Unpack(diff_id=ref.diff_id))
+
+    @property
+    def unpack_key(self) -> Digest:
+        """The key of the unpacked layer."""
+        return self.unpack.key()
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """All that is known of an image's build before it starts.
+
+    `sources` maps destinations of mapped files to host paths; `agent_path` is that of a local agent.
+    """
+
+    image: ImageConfig
+    reference: Reference
+    locked: LockedImage
+    layers: tuple[Layer, ...]
+    config: Config
+    agent: Agent | None
+    agent_path: Path | None
+    sources: dict[str, Path]
+    customize: Customize
+    mkfs: Mkfs
+    assemble: Assemble
+    output: Path
+    manifest_output: Path
+
+    def manifest(self, checksum: str) -> Manifest:
+        """Return the record of the manifest for an image file of this digest."""
+        return Manifest(
+            user=msgspec.json.encode(self.image.manifest, order="sorted").decode(),
+            name=self.image.name,
+            image=self.reference.canonical,
+            image_digest=self.locked.image.manifest,
+            config=self.config.digest,
+            filesystem=self.image.filesystem.type,
+            rootfs=str(self.output),
+            checksum=checksum,
+        )
+
+
+class Planner:
+    """Makes the plans of a workspace's images, each once for one state of the lock file."""
+
+    def __init__(self, workspace: Workspace, store: Store, *, locked: bool = False, offline: bool = False) -> None:
+        self.workspace = workspace
+        self.store = store
+        self.locked = locked
+        self.offline = offline
+        self.lock = LockFile(workspace.lock)
+        self.digest_of = FileDigests(store.index)
+        self._plans: dict[str, tuple[LockedImage, LockedAgent | None, ImagePlan]] = {}
+        self._identities: dict[str, str | FledgeError | None] = {}
+
+    def reference(self, image: ImageConfig) -> Reference:
+        """Return the parsed reference. Raises InputError that names file and key."""
+        try:
+            return reference.parse(image.source.image)
+        except InputError as error:
+            raise InputError(error.message, where=f"{image.file}: source.image", hint=error.hint) from None
+
+    def lock_name(self, image: ImageConfig) -> str:
+        """Return the name of the image's entry in the lock file."""
+        name = reference.lock_name(self.reference(image), image.folder, self.workspace.root)
+        return f"{name} {image.source.platform}"
+
+    def agent_spec(self, image: ImageConfig) -> agent.AgentSpec | None:
+        """Return `[agent]` in the form of the module that gets it."""
+        if image.agent is None:
+            return None
+        return agent.AgentSpec(**msgspec.structs.asdict(image.agent))
+
+    def agent_name(self, image: ImageConfig) -> str | None:
+        """Return the name of the agent's entry in the lock file; None when it needs none."""
+        spec = self.agent_spec(image)
+        if spec is None or spec.source_strategy == "local":
+            return None
+        return agent.lock_name(spec, image.source.platform.split("/")[1])
+
+    def unresolved(self, image: ImageConfig) -> str | None:
+        """Return why the image has to be resolved, None if it need not.
+
+        Looks at a local source in every run, once. Raises SourceError when that cannot be done.
+        """
+        content = self.lock.read()
+        entry = content.images.get(self.lock_name(image))
+        if entry is None:
+            return f"{self.lock_name(image)} is not in {self.workspace.lock.name}"
+        name = self.agent_name(image)
+        if name is not None and name not in content.agents:
+            return f"{name} is not in {self.workspace.lock.name}"
+        if name is not None and image.agent and image.agent.checksum not in {None, content.agents[name].digest}:
+            return f"agent.checksum is no longer the one in {self.workspace.lock.name}"
+        identity = self._identity(image, entry)
+        if identity is not None and identity != entry.identity:
+            return f"{image.source.image} is another image than {self.workspace.lock.name} says"
+        return None
+
+    def _identity(self, image: ImageConfig, entry: LockedImage) -> str | None:
+        ref = self.reference(image)
+        if entry.image.origin == "docker":
+            return None  # pinned until `fledge lock --update`, wherever an untyped reference may be now
+        name = self.lock_name(image)
+        if name not in self._identities:
+            try:
+                self._identities[name] = source.identity(
+                    ref, folder=image.folder, platform=image.source.platform, digest_of=self.digest_of
+                )
+            except FledgeError as error:
+                self._identities[name] = error
+        found = self._identities[name]
+        if isinstance(found, FledgeError):
+            if self.locked or self.offline:
+                return None  # the lock file decides, and the store may have it all
+            raise found
+        return found
+
+    def plan(self, image: ImageConfig) -> ImagePlan | None:
+        """Return the plan, None when the image has to be resolved first.
+
+        Raises InputError for what is wrong with mapped files, and SourceError as `unresolved`.
+        """
+        if self.unresolved(image) is not None:
+            return None
+        content = self.lock.read()
+        entry = content.images[self.lock_name(image)]
+        pinned = content.agents.get(self.agent_name(image) or "")
+        known = self._plans.get(image.name)
+        if known is None or known[:2] != (entry, pinned):
+            known = self._plans[image.name] = entry, pinned, self._make(image, entry, pinned)
+        return known[2]
+
+    def forget(self, image: ImageConfig) -> None:
+        """Look at the image's local source again: it was just resolved."""
+        self._identities.pop(self.lock_name(image), None)
+
+    def check(self, images: Iterable[ImageConfig]) -> None:
+        """Find what makes a build of these images impossible before anything is started.
+
+        Raises InputError with all mistakes in references and mappings, LockError with all entries
+        that `locked` misses, FilesystemError for a type that cannot be made here.
+        """
+        problems: list[FledgeError] = []
+        missing: list[str] = []
+        for image in images:
+            try:
+                self.reference(image)
+                self._mapped(image)
+                if image.filesystem.type != "ext4":
+                    raise FilesystemError(
+                        f"{image.filesystem.type} images cannot be made by this version, ext4 ones can",
+                        where=f"{image.file}: filesystem.type",
+                    )
+                if self.locked and (reason := self.unresolved(image)):
+                    missing.append(f"{image.name}: {reason}")
+            except FledgeError as error:
+                problems.append(error)
+        if len(problems) == 1:
+            raise problems[0]
+        if problems:
+            kind = InputError if any(isinstance(error, InputError) for error in problems) else FledgeError
+            raise kind("\n".join(str(error) for error in problems))
+        if missing:
+            raise LockError(
+                "\n".join(missing), where=str(self.workspace.lock), hint="run `fledge lock` without --locked"
+            )
+
+    def _mapped(self, image: ImageConfig) -> tuple[list[MappedFile], dict[str, Path]]:
+        pairs = [(mapping.source, mapping.destination) for mapping in image.mappings]
+        return expand(pairs, image.folder, self.digest_of)
+
+    def _make(self, image: ImageConfig, entry: LockedImage, pinned: LockedAgent | None) -> ImagePlan:
+        mapped, sources = self._mapped(image)
+        agent_path: Path | None = None
+        agent_key: Agent | None = None
+        agent_digest: str | None = None
+        spec = self.agent_spec(image)
+        if spec is not None and spec.source_strategy == "local":
+            agent_path, agent_digest, _ = agent.local_agent(spec, image.folder, self.digest_of)
+        elif pinned is not None:
+            agent_digest = pinned.digest
+            agent_key = Agent(digest=agent_digest)
+        layers = tuple(map(Layer.of, entry.image.layers))
+        epoch = source_date_epoch()
+        customize = Customize(
+            config=entry.image.config,
+            agent=agent_digest,
+            mapped=tuple(mapped),
+            epoch=entry.created if epoch is None else epoch,
+        )
+        kind: Literal["ext4", "xfs", "btrfs"] = image.filesystem.type
+        content = Content(
+            diff_ids=tuple(layer.ref.diff_id for layer in layers),
+            customization=customize,
+            filesystem=kind,
+            buffer_mib=image.filesystem.size_buffer_mb,
+        )
+        mkfs = Mkfs(
+            layers=(*(layer.unpack_key for layer in layers), customize.key()),
+            type=kind,
+            buffer_mib=image.filesystem.size_buffer_mb,
+            epoch=customize.epoch,
+            uuid=str(uuid.UUID(hex=content.key()[7 : 7 + 32], version=4)),
+            tools=(f"e2fsprogs {MKE2FS.version(self.store.index)}",),
+        )
+        return ImagePlan(
+            image=image,
+            reference=self.reference(image),
+            locked=entry,
+            layers=layers,
+            config=Config(digest=entry.image.config),
+            agent=agent_key,
+            agent_path=agent_path,
+            sources=sources,
+            customize=customize,
+            mkfs=mkfs,
+            assemble=Assemble(filesystem=mkfs.key(), preallocate=image.filesystem.preallocate),
+            output=self.workspace.output(image),
+            manifest_output=self.workspace.manifest_output(image),
+        )
+
+
+def source_date_epoch() -> int | None:
+    """Return SOURCE_DATE_EPOCH if it is set. Raises InputError when it is not a number of seconds."""
+    text = os.environ.get(EPOCH_VARIABLE)
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) >= _MAX_EPOCH:
+        raise InputError(
+            f"found {text!r}, expected seconds since 1970 below {_MAX_EPOCH}", where=f"variable {EPOCH_VARIABLE}"
+        )
+    return int(text)

@@ -1,0 +1,146 @@
+"""The stage 'resolve': from a reference to an entry of fledge.lock, the OCI config, and the agent.
+
+The one stage whose result depends on the world outside. What it finds is pinned in the lock file,
+and it runs again only for what is not pinned, for a local source that has changed, or for content
+that the store has lost; that is then asked for by its digest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import re
+
+from fledge_tasks import agent
+from fledge_tasks.config import ImageConfig
+from fledge_tasks.digest import sha256_bytes, short
+from fledge_tasks.errors import AgentError, OfflineError, SourceError
+from fledge_tasks.keys import Agent, Config
+from fledge_tasks.lock import LockedAgent, LockedImage
+from fledge_tasks.oci import layout, source
+from fledge_tasks.plan import Layer, Planner
+from fledge_tasks.progress import meter
+from fledge_tasks.stages import DATA, HIT, Values, keep_blob
+from fledge_tasks.store import Store
+
+_CREATED = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:\d\d)")
+
+
+def is_resolved(planner: Planner, image: ImageConfig) -> bool:
+    """Tell whether lock file and store hold all that `resolve` brings."""
+    plan = planner.plan(image)
+    if plan is None:
+        return False
+    agent_is_here = plan.agent is None or planner.store.find(plan.agent.key()) is not None
+    return agent_is_here and planner.store.find(plan.config.key()) is not None
+
+
+def resolve(planner: Planner, image: ImageConfig, *, update: bool = False) -> Values:
+    """Find out which image and agent are meant, pin them, and keep config and agent in the store.
+
+    Layers that had to be exported for that go into the store, too. With `update`, what is pinned
+    is asked for anew. Raises what `source.resolve` and `agent.download` raise; the lock file is as
+    it was then.
+    """
+    store = planner.store
+    name, agent_name = planner.lock_name(image), planner.agent_name(image)
+    with store.building(sha256_bytes(f"resolve {planner.workspace.lock} {name} {agent_name}".encode())):
+        is_stale = planner.unresolved(image) is not None
+        if not update and not is_stale and is_resolved(planner, image):
+            return HIT
+        content = planner.lock.read()
+        pinned = content.images.get(name)
+        is_pinned = pinned is not None and pinned.image.origin == "docker"
+        locked, moved = _resolve_image(planner, image, pinned if is_pinned and not update else None)
+        agents: dict[str, LockedAgent] = {}
+        if agent_name is not None:
+            agents[agent_name], count = _resolve_agent(
+                planner, image, None if update else content.agents.get(agent_name)
+            )
+            moved += count
+        with store.building(sha256_bytes(f"lock file {planner.workspace.lock}".encode())):
+            planner.lock.update({name: locked}, agents)
+    planner.forget(image)
+    return {"bytes": moved}
+
+
+def _resolve_image(planner: Planner, image: ImageConfig, pinned: LockedImage | None) -> tuple[LockedImage, int]:
+    reference = planner.reference(image)
+    if pinned is not None:
+        reference = dataclasses.replace(reference, transport="docker", digest=pinned.image.manifest)
+    with planner.store.staging(sha256_bytes(f"resolve {planner.lock_name(image)}".encode())) as scratch:
+        resolution = source.resolve(
+            reference,
+            folder=image.folder,
+            platform=image.source.platform,
+            scratch=scratch,
+            offline=planner.offline,
+            digest_of=planner.digest_of,
+        )
+        if pinned is not None and resolution.image.config != pinned.image.config:
+            raise SourceError(
+                f"the config of the pinned image is {pinned.image.config}, the registry has {resolution.image.config}",
+                where=reference.canonical,
+                hint="fledge.lock was edited by hand: run `fledge lock --update`",
+            )
+        moved = _keep_config(planner.store, resolution.config)
+        if resolution.blobs is not None:
+            into = scratch / "into"
+            into.mkdir()
+            for layer in dict.fromkeys(map(Layer.of, resolution.image.layers)):
+                if planner.store.find(layer.unpack_key) is None:
+                    where = f"{image.name}: layer {short(layer.ref.diff_id)}"
+                    layout.adopt(
+                        resolution.blobs / layer.ref.blob.removeprefix("sha256:"), layer.ref, into, where=where
+                    )
+                    moved += keep_blob(planner.store, layer, into)
+    return pinned or LockedImage(resolution.image, resolution.identity, _created(resolution.config)), moved
+
+
+def _keep_config(store: Store, config: bytes) -> int:
+    record = Config(digest=sha256_bytes(config))
+    with store.building(record.key()):
+        if store.find(record.key()) is not None:
+            return 0
+        with store.staging(record.key()) as folder:
+            (folder / DATA).write_bytes(config)
+            return store.publish(record.text(), record.stage(), folder).size
+
+
+def _resolve_agent(planner: Planner, image: ImageConfig, pinned: LockedAgent | None) -> tuple[LockedAgent, int]:
+    spec = planner.agent_spec(image)
+    assert spec is not None
+    checksum = spec.checksum or (pinned.digest if pinned else None)
+    store = planner.store
+    if checksum is not None and store.find(Agent(digest=checksum).key()) is not None:
+        return LockedAgent(checksum), 0
+    url = agent.agent_url(spec, image.source.platform.split("/")[1])
+    assert url is not None
+    if planner.offline:
+        raise OfflineError(f"the agent would have to be downloaded from {url}", where=f"{image.file}: agent")
+    with store.staging(sha256_bytes(f"agent {url}".encode())) as folder:
+        progress = meter()
+        try:
+            digest = agent.download(url, folder / DATA, checksum=checksum, advance=progress.add)
+        except AgentError as error:
+            if pinned is not None and spec.checksum is None and error.hint:
+                hint = "the release was replaced since it was pinned: `fledge lock --update` accepts the new one"
+                raise AgentError(error.message, where=error.where, hint=hint) from None
+            raise
+        record = Agent(digest=digest)
+        with store.building(record.key()):
+            found = store.find(record.key())
+            return LockedAgent(digest), 0 if found else store.publish(record.text(), record.stage(), folder).size
+
+
+def _created(config: bytes) -> int:
+    """Return the config's creation time in seconds, 0 when it has none or one before 1970."""
+    match = _CREATED.fullmatch(str(json.loads(config).get("created")))
+    if match is None:
+        return 0
+    try:
+        seconds = int(datetime.datetime.fromisoformat(match[1] + match[2].replace("Z", "+00:00")).timestamp())
+    except (ValueError, OverflowError):
+        return 0
+    return min(max(seconds, 0), (1 << 32) - 1)

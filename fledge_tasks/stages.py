@@ -1,0 +1,327 @@
+"""The work of each stage: from valid entries of the store to new ones, or to the image's files.
+
+Each function can be called at any time and by any number of processes: it takes the lock of what
+it makes, looks again whether that is there by now, and publishes it whole. After an error what it
+would have made is absent. The values returned are counters for people:
+
+    {"bytes": what was made or moved, "status": "hit" when there was nothing to do}
+
+The stage 'resolve' has a module of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fledge_tasks import agent, fsutil, manifest, mappings, output
+from fledge_tasks.assemble import assemble as assemble_image
+from fledge_tasks.digest import sha256_bytes, sha256_file, short
+from fledge_tasks.errors import AgentError, StoreError
+from fledge_tasks.filesystems import ext4, ext4_size, skeleton
+from fledge_tasks.keys import Stage
+from fledge_tasks.oci import source
+from fledge_tasks.oci.layer import unpack as unpack_layer
+from fledge_tasks.oci.layer_index import BLOCK_BYTES, IndexWriter, read_index
+from fledge_tasks.oci.payload import PayloadWriter
+from fledge_tasks.plan import ImagePlan, Layer, Planner
+from fledge_tasks.progress import meter
+from fledge_tasks.store import Entry, Store
+from fledge_tasks.tree import Layer as TreeLayer
+from fledge_tasks.tree import merge
+
+Values = dict[str, Any]
+
+PAYLOAD, INDEX, BLOB, SKELETON, MAP, DATA = "payload", "index", "blob", "skeleton", "map", "data"
+_MIB = 1 << 20
+HIT: Values = {"status": "hit", "bytes": 0}
+
+
+# --- fetch -----------------------------------------------------------------------------------
+
+
+def fetch(planner: Planner, plan: ImagePlan, layer: Layer) -> Values:
+    """Get the blob of a layer, and in the same go those of the image's other layers that are missing.
+
+    "fetched" in the values maps diff IDs to bytes: one connection serves all layers of an image.
+    """
+    store = planner.store
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(store.building(layer.blob.key()))
+        if is_fetched(store, layer):
+            return HIT
+        # Never wait for a second lock while holding one: whoever has it brings that layer.
+        others = {each.ref.blob: each for each in plan.layers if each.ref.blob != layer.ref.blob}
+        wanted = [layer]
+        wanted += [
+            other
+            for other in others.values()
+            if not is_fetched(store, other)
+            and stack.enter_context(store.building_if_free(other.blob.key()))
+            and not is_fetched(store, other)
+        ]
+        progress = meter(sum(each.ref.size for each in wanted))
+        with store.staging(layer.blob.key()) as scratch:
+            into = scratch / "into"
+            into.mkdir()
+            source.fetch(
+                plan.reference,
+                plan.locked.image,
+                [each.ref for each in wanted],
+                folder=plan.image.folder,
+                into=into,
+                scratch=scratch,
+                advance=progress.add,
+                offline=planner.offline,
+            )
+            fetched = {each.ref.diff_id: _publish_blob(store, each, into) for each in wanted}
+    return {"bytes": fetched[layer.ref.diff_id], "fetched": fetched}
+
+
+def is_fetched(store: Store, layer: Layer) -> bool:
+    """Tell whether there is nothing to fetch for a layer: it is unpacked, or its blob is there."""
+    return store.find(layer.unpack_key) is not None or store.find(layer.blob.key()) is not None
+
+
+def keep_blob(store: Store, layer: Layer, into: Path) -> int:
+    """Publish a checked blob out of the folder `into`, and return its bytes, 0 if it was there."""
+    with store.building(layer.blob.key()):
+        return 0 if is_fetched(store, layer) else _publish_blob(store, layer, into)
+
+
+def _publish_blob(store: Store, layer: Layer, into: Path) -> int:
+    with store.staging(layer.blob.key()) as folder:
+        fsutil.move(into / layer.ref.blob.removeprefix("sha256:"), folder / BLOB)
+        # Not synced: it is read once, soon, and checked against its digest then.
+        return _publish(store, layer.blob, folder, durable=False).size
+
+
+# --- unpack ----------------------------------------------------------------------------------
+
+
+def unpack(planner: Planner, plan: ImagePlan, layer: Layer) -> Values:
+    """Turn the blob of a layer into payload and index, and drop the blob."""
+    store, key = planner.store, layer.unpack_key
+    with store.building(key):
+        if store.find(key) is not None:
+            return HIT
+        blob = store.find(layer.blob.key())
+        if blob is None:
+            raise _gone(f"the blob of layer {short(layer.ref.diff_id)}")
+        progress = meter(layer.ref.size)
+        with (
+            store.staging(key) as folder,
+            blob.file(BLOB).open("rb", buffering=0) as compressed,
+            (folder / PAYLOAD).open("wb", buffering=0) as payload,
+            (folder / INDEX).open("wb") as index,
+        ):
+            unpacked = unpack_layer(
+                compressed,
+                diff_id=layer.ref.diff_id,
+                blob_digest=layer.ref.blob,
+                blob_size=layer.ref.size,
+                payload_fd=payload.fileno(),
+                index_file=index,
+                advance=progress.add,
+                where=f"{plan.image.name}: layer {short(layer.ref.diff_id)}",
+            )
+            index.flush()
+            info = {"entries": unpacked.entries, "tar_bytes": unpacked.tar_bytes}
+            entry = _publish(store, layer.unpack, folder, info=info, known={PAYLOAD: unpacked.payload_xxh3})
+        store.discard(layer.blob.key())
+    return {"bytes": entry.size}
+
+
+# --- mkfs ------------------------------------------------------------------------------------
+
+
+def is_made(planner: Planner, plan: ImagePlan) -> bool:
+    """Tell whether the store holds the filesystem and the customization that it points into."""
+    return all(planner.store.find(key) is not None for key in (plan.mkfs.key(), plan.customize.key()))
+
+
+def mkfs(planner: Planner, plan: ImagePlan) -> Values:
+    """Merge all layers and the customization, and make the filesystem without its file data."""
+    store, key = planner.store, plan.mkfs.key()
+    with store.building(key):
+        customization = _customize(store, plan)
+        if store.find(key) is not None:
+            return HIT
+        layers = [
+            TreeLayer(f"{plan.image.name}: layer {short(layer.ref.diff_id)}", read_index(entry.file(INDEX)))
+            for layer, entry in zip(plan.layers, _unpacked(store, plan), strict=True)
+        ]
+        custom = read_index(customization.file(INDEX))
+        layers.append(TreeLayer(str(plan.image.file), custom, is_customization=True))
+        root = merge(layers, plan.mkfs.epoch * 1_000_000_000)
+        with store.staging(key) as folder, store.staging(key) as scratch:
+            image = scratch / "image"
+            filled = ext4.make(root, _parameters(plan), image, scratch)
+            made = skeleton.save(image, filled.extents, folder / SKELETON, folder / MAP)
+            info = {"image_bytes": made.image_bytes, "free_bytes": filled.free_bytes, "free_inodes": filled.free_inodes}
+            entry = _publish(store, plan.mkfs, folder, info=info)
+    return {"bytes": entry.size}
+
+
+def _parameters(plan: ImagePlan) -> ext4_size.Parameters:
+    identity = uuid.UUID(plan.mkfs.uuid)
+    return ext4_size.Parameters(
+        uuid=identity.bytes,
+        hash_seed=uuid.uuid5(identity, "hash seed").bytes,
+        epoch=plan.mkfs.epoch,
+        buffer_bytes=plan.mkfs.buffer_mib * _MIB,
+    )
+
+
+def _unpacked(store: Store, plan: ImagePlan) -> list[Entry]:
+    entries = []
+    for layer in plan.layers:
+        entry = store.find(layer.unpack_key)
+        if entry is None:
+            raise _gone(f"layer {short(layer.ref.diff_id)}")
+        entries.append(entry)
+    return entries
+
+
+def _customize(store: Store, plan: ImagePlan) -> Entry:
+    """Return the customization layer: OCI config, agent, mappings, in this order."""
+    key, epoch_ns = plan.customize.key(), plan.customize.epoch * 1_000_000_000
+    with store.building(key):
+        entry = store.find(key)
+        if entry is not None:
+            return entry
+        config = store.find(plan.config.key())
+        if config is None:
+            raise _gone("the OCI config")
+        with store.staging(key) as folder:
+            with (folder / PAYLOAD).open("wb", buffering=0) as payload, (folder / INDEX).open("wb") as index:
+                writer, entries = PayloadWriter(payload.fileno()), IndexWriter(index)
+                size, block = _append(writer, config.file(DATA), None)
+                entries.add(agent.config_entry(size, block, epoch_ns))
+                if plan.customize.agent is not None:
+                    size, block = _append(writer, _agent_file(store, plan), plan.customize.agent)
+                    entries.add(agent.entry(size, block, epoch_ns))
+                for each in mappings.entries(plan.customize.mapped, plan.sources, writer, epoch_ns):
+                    entries.add(each)
+                _, checksum = writer.close()
+                entries.close()
+            return _publish(store, plan.customize, folder, known={PAYLOAD: checksum})
+
+
+def _agent_file(store: Store, plan: ImagePlan) -> Path:
+    if plan.agent_path is not None:
+        return plan.agent_path
+    entry = store.find(plan.agent.key()) if plan.agent else None
+    if entry is None:
+        raise _gone("the agent")
+    return entry.file(DATA)
+
+
+def _append(writer: PayloadWriter, path: Path, digest: str | None) -> tuple[int, int]:
+    """Append a file and return its size and first block; a `digest` must still be that of the file."""
+    size = path.stat().st_size
+    with path.open("rb", buffering=0) as file:
+        block = writer.add_file(file.fileno(), size)
+    if digest is not None and sha256_file(path) != digest:
+        raise AgentError("changed while it was being built; run again", where=str(path))
+    return size, block
+
+
+# --- assemble --------------------------------------------------------------------------------
+
+
+def assemble(planner: Planner, plan: ImagePlan) -> Values:
+    """Put the image file together from the filesystem and the payloads."""
+    store, key = planner.store, plan.assemble.key()
+    with store.building(sha256_bytes(f"output {plan.output}".encode())):
+        written = output.look(plan.output, key)
+        if isinstance(written, output.Written):
+            return {**HIT, "sha256": written.sha256}
+        made = store.find(plan.mkfs.key())
+        customization = store.find(plan.customize.key())
+        if made is None or customization is None:
+            raise _gone("the filesystem")
+        sources = [*_unpacked(store, plan), customization]
+        image_map = skeleton.read_map(made.file(MAP))
+        progress = meter(sum(extent.count for extent in image_map.extents) * BLOCK_BYTES)
+        assembled = assemble_image(
+            image_map,
+            made.file(SKELETON),
+            {number: entry.file(PAYLOAD) for number, entry in enumerate(sources)},
+            plan.output,
+            preallocate=plan.assemble.preallocate,
+            advance=progress.add,
+        )
+        output.remember(plan.output, key, assembled.sha256)
+        with store.index.together():
+            for entry in (*sources, made):
+                store.touch(entry)
+    return {
+        "bytes": assembled.size,
+        "sha256": assembled.sha256,
+        "shared_bytes": assembled.shared_bytes,
+        "copied_bytes": assembled.copied_bytes,
+    }
+
+
+def is_assembled(plan: ImagePlan) -> output.Written | str:
+    """Return the record of the image file if it is up to date, else the reason why it is not."""
+    return output.look(plan.output, plan.assemble.key())
+
+
+# --- manifest --------------------------------------------------------------------------------
+
+
+def is_described(plan: ImagePlan) -> output.Written | str:
+    """Return the record of the manifest if it describes the image file, else the reason why not."""
+    image = is_assembled(plan)
+    if isinstance(image, str):
+        return image
+    return output.look(plan.manifest_output, plan.manifest(image.sha256).key())
+
+
+def write_manifest(planner: Planner, plan: ImagePlan) -> Values:
+    """Write the manifest of the image file beside it."""
+    store = planner.store
+    with store.building(sha256_bytes(f"output {plan.output}".encode())):
+        image = is_assembled(plan)
+        if isinstance(image, str):
+            raise StoreError(f"{image} any more", where=str(plan.output), hint="run again")
+        record = plan.manifest(image.sha256)
+        config = store.find(plan.config.key())
+        if config is None:
+            raise _gone("the OCI config")
+        data = manifest.render(
+            plan.image.manifest,
+            json.loads(config.file(DATA).read_bytes()),
+            name=plan.image.name,
+            image=record.image,
+            image_digest=record.image_digest,
+            rootfs=plan.output,
+            checksum=record.checksum,
+            filesystem=record.filesystem,
+        )
+        fsutil.remove_stale(plan.manifest_output)
+        fsutil.write_atomic(plan.manifest_output, data)
+        output.remember(plan.manifest_output, record.key(), sha256_bytes(data))
+    return {"bytes": len(data)}
+
+
+def _publish(
+    store: Store,
+    record: Stage,
+    folder: Path,
+    *,
+    info: Mapping[str, Any] | None = None,
+    known: Mapping[str, str] | None = None,
+    durable: bool = True,
+) -> Entry:
+    return store.publish(record.text(), record.stage(), folder, info=info, known=known, durable=durable)
+
+
+def _gone(what: str) -> StoreError:
+    return StoreError(f"{what} is not in the cache any more", hint="something cleaned it meanwhile: run again")

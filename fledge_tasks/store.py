@@ -1,0 +1,249 @@
+"""The content store: what was built, by the key of what it was built from.
+
+    <cache>/
+        CACHEDIR.TAG                    tells backup programs to pass over it
+        objects/<2 digits>/<key>/       an entry: its files, and
+            entry.json                  its record, written last: without it there is no entry
+        tmp/<key>.<random>/             entries being built; whoever builds a key removes its old ones
+        locks/<key>                     held (flock) while a key is being built
+        aside/<key>/                    the last entry of that key that was found damaged
+        index/                          see index.py
+
+    entry.json = {"format": 1, "stage", "key_text", "files": {name: [size, XXH3-128]}, "info": {…}}
+
+Version history: 1 first version.
+
+The store is the truth: 'up to date' means that it holds a valid entry. An entry is published by
+one rename, so it is whole or absent. It is checked before it is used: record, sizes, and the
+XXH3-128 of every file, unless stat says that the file is still the one that was checked. What
+fails is set aside and is a miss, never an error and never an input. The folder can be moved,
+archived and restored with other times; every file is then checked again once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import msgspec
+
+from fledge_tasks import fsutil
+from fledge_tasks.digest import Digest, sha256_bytes, xxh3_file
+from fledge_tasks.errors import StoreError
+from fledge_tasks.index import Index, signature
+
+FORMAT = 1
+_RECORD = "entry.json"
+_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# This folder holds a fledge-tasks cache. See https://bford.info/cachedir/\n"
+
+
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: int
+    stage: str
+    key_text: str
+    files: dict[str, tuple[int, str]]
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A valid entry. `info` is what its builder wanted to be known beside the files."""
+
+    key: Digest
+    folder: Path
+    stage: str
+    key_text: str
+    info: Mapping[str, Any]
+    size: int
+
+    def file(self, name: str) -> Path:
+        """Return the path of one of its files."""
+        return self.folder / name
+
+
+class Store:
+    """The store in one cache folder. Safe to use from any number of processes at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.index = Index(self.root / "index")
+
+    def prepare(self) -> None:
+        """Make the folder if it is not there. Idempotent. Raises StoreError."""
+        try:
+            for name in ("objects", "tmp", "locks"):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+            tag = self.root / "CACHEDIR.TAG"
+            if not tag.exists():
+                fsutil.write_atomic(tag, _TAG.encode())
+        except OSError as error:
+            raise _explained(error, self.root) from None
+
+    def find(self, key: Digest) -> Entry | None:
+        """Return the entry of a key if it is there and valid. Never raises for a bad entry."""
+        folder = self._folder(key)
+        try:
+            data = (folder / _RECORD).read_bytes()
+        except OSError:
+            if folder.exists():
+                self._set_aside(key)
+            return None
+        try:
+            record = msgspec.json.decode(data, type=_Record)
+        except msgspec.MsgspecError:
+            record = None
+        if (
+            record is None
+            or record.format != FORMAT
+            or sha256_bytes(record.key_text.encode()) != key
+            or not all(self._is_whole(key, folder / name, *facts) for name, facts in record.files.items())
+        ):
+            self._set_aside(key)
+            return None
+        size = sum(size for size, _ in record.files.values())
+        return Entry(key, folder, record.stage, record.key_text, record.info, size)
+
+    def touch(self, entry: Entry) -> None:
+        """Remember that the entry was used now."""
+        self.index.set(f"used:{_hex(entry.key)}", int(time.time()))
+
+    @contextlib.contextmanager
+    def building(self, key: Digest) -> Iterator[None]:
+        """Hold the lock of a key: one builder at a time, across processes.
+
+        The caller looks with `find` again inside. The lock dies with its process.
+        """
+        self.prepare()
+        # Not deleted afterwards: a second process may already wait on the same file.
+        try:
+            lock = filelock.FileLock(self.root / "locks" / _hex(key), thread_local=False)
+            with lock:
+                fsutil.remove_stale_below(self.root / "tmp", _hex(key))
+                yield
+        except OSError as error:
+            raise _explained(error, self.root) from None
+
+    @contextlib.contextmanager
+    def building_if_free(self, key: Digest) -> Iterator[bool]:
+        """Like `building`, but do not wait: the value tells whether the lock was free."""
+        self.prepare()
+        lock = filelock.FileLock(self.root / "locks" / _hex(key), thread_local=False)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
+    def staging(self, key: Digest) -> Iterator[Path]:
+        """Yield a new folder inside the store for the files of a key; it is gone afterwards."""
+        folder = fsutil.temp_folder(self.root / "tmp", _hex(key))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def publish(
+        self,
+        key_text: str,
+        stage: str,
+        folder: Path,
+        *,
+        info: Mapping[str, Any] | None = None,
+        known: Mapping[str, str] | None = None,
+        durable: bool = True,
+    ) -> Entry:
+        """Make an entry of the files in a staging folder, durably and at once.
+
+        `known` holds the XXH3-128 of files that were hashed while they were written. Without
+        `durable` the entry's files may be damaged by a power failure, which is then found out. The
+        caller holds the lock of the key. Raises StoreError; nothing is published then.
+        """
+        key = sha256_bytes(key_text.encode())
+        target = self._folder(key)
+        try:
+            files: dict[str, tuple[int, str]] = {}
+            for path in sorted(folder.iterdir()):
+                checksum = (known or {}).get(path.name) or xxh3_file(path)
+                if durable:
+                    fsutil.sync_file(path)
+                path.chmod(0o444)
+                files[path.name] = (path.stat().st_size, checksum)
+            record = _Record(FORMAT, stage, key_text, files, dict(info or {}))
+            (folder / _RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1))
+            fsutil.sync_file(folder / _RECORD)
+            if target.exists():
+                shutil.rmtree(target)
+            fsutil.publish_folder(folder, target)
+            with self.index.together():
+                for name, (_, checksum) in files.items():
+                    self._remember(key, target / name, checksum)
+                self.index.set(f"used:{_hex(key)}", int(time.time()))
+        except OSError as error:
+            raise _explained(error, self.root) from None
+        return Entry(key, target, stage, key_text, record.info, sum(size for size, _ in files.values()))
+
+    def discard(self, key: Digest) -> None:
+        """Remove an entry that is not needed any more. Idempotent; the caller holds its lock."""
+        folder = self._folder(key)
+        # The record goes first: what is left after a crash is not an entry.
+        (folder / _RECORD).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _folder(self, key: Digest) -> Path:
+        name = _hex(key)
+        return self.root / "objects" / name[:2] / name
+
+    def _is_whole(self, key: Digest, path: Path, size: int, checksum: str) -> bool:
+        try:
+            status = path.stat()
+            if status.st_size != size:
+                return False
+            if self.index.get(_memo_name(key, path)) == [*signature(status), checksum]:
+                return True
+            if xxh3_file(path) != checksum:
+                return False
+            self._remember(key, path, checksum)
+        except OSError:
+            return False
+        return True
+
+    def _remember(self, key: Digest, path: Path, checksum: str) -> None:
+        # Trusted at once, unlike other people's files: nobody writes to an entry after its rename.
+        self.index.set(_memo_name(key, path), [*signature(path.stat()), checksum])
+
+    def _set_aside(self, key: Digest) -> None:
+        with contextlib.suppress(OSError):
+            fsutil.set_aside(self._folder(key), self.root / "aside" / _hex(key))
+
+
+def _hex(key: Digest) -> str:
+    return key.removeprefix("sha256:")
+
+
+def _memo_name(key: Digest, path: Path) -> str:
+    return f"object:{_hex(key)}/{path.name}"
+
+
+def _explained(error: OSError, root: Path) -> StoreError:
+    hint = "set FLEDGE_CACHE_DIR to a folder that can be written to"
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        free = shutil.disk_usage(root if root.exists() else root.parent).free
+        return StoreError(
+            f"no space left on the disk ({free >> 20} MiB free)",
+            where=str(error.filename or root),
+            hint="make room, or set FLEDGE_CACHE_DIR to a folder on a larger disk",
+        )
+    return StoreError(os.strerror(error.errno or 0), where=str(error.filename or root), hint=hint)

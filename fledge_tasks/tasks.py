@@ -1,0 +1,225 @@
+"""The doit graph of a workspace.
+
+    build:<image> ─► manifest:<image> ─► assemble:<image> ─► mkfs:<image> ─► unpack:<layer> ─► fetch:<layer>
+                                                        └──────────────────► unpack:<layer>    resolve:<image>
+
+The arrows behind assemble are doit's `setup` edges: what stands there is looked at only when the
+task before it has to run. Whether a task has to run is asked of the store and of the output files;
+doit keeps no state. A layer's tasks exist once, however many images share it. An image that is not
+resolved yet gets its layers' tasks late, when its resolve task has run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from doit.cmd_base import TaskLoader2
+from doit.task import DelayedLoader, Task
+
+from fledge_tasks import output, stages
+from fledge_tasks.action import StageAction
+from fledge_tasks.config import ImageConfig
+from fledge_tasks.digest import short
+from fledge_tasks.errors import FledgeError
+from fledge_tasks.plan import ImagePlan, Layer, Planner
+from fledge_tasks.resolve import is_resolved, resolve
+
+STAGES = ("resolve", "fetch", "unpack", "mkfs", "assemble", "manifest")
+DOIT_CONFIG = {"backend": "fledge-memory", "dep_file": ":none:", "default_tasks": ["build"], "verbosity": 0}
+_DOCS = {
+    "resolve": "look up references and pin them in fledge.lock",
+    "fetch": "get the blobs of layers that are not unpacked yet",
+    "unpack": "turn blobs into payload and index",
+    "mkfs": "make filesystems without their file data",
+    "assemble": "put image files together",
+    "manifest": "write manifests",
+    "build": "build images: all of the above",
+}
+
+
+class _Fresh:
+    """An up-to-date check: asks `function`, and takes an error for 'no', since the action will meet it, too."""
+
+    # doit looks at the signature of each check; building it anew for thousands of tasks takes its time.
+    __signature__ = inspect.Signature(
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("task", "values")]
+    )
+
+    def __init__(self, function: Callable[[], bool]) -> None:
+        self._function = function
+
+    def __call__(self, task: Task, values: object) -> bool:
+        del task, values
+        try:
+            return self._function()
+        except FledgeError:
+            return False
+
+
+class Graph:
+    """Makes the tasks of the planner's workspace. `update` is that of `resolve`."""
+
+    def __init__(self, planner: Planner, *, update: bool = False) -> None:
+        self._planner = planner
+        self._update = update
+        self._layers: set[str] = set()
+
+    def tasks(self, images: Iterable[ImageConfig]) -> list[Task]:
+        """Return the tasks of these images, and one group for each stage."""
+        tasks: list[Task] = []
+        for image in images:
+            tasks.extend(self._image(image))
+        groups = []
+        for stage in (*STAGES, "build"):
+            members = [task.name for task in tasks if task.subtask_of == stage]
+            groups.append(Task(stage, None, task_dep=members, has_subtask=True, doc=_DOCS[stage]))
+        return groups + tasks
+
+    def _image(self, image: ImageConfig) -> Iterator[Task]:
+        planner, name = self._planner, image.name
+        try:
+            plan = planner.plan(image)
+        except FledgeError:
+            plan = None  # whoever runs a task of this image is told
+        yield self._task("resolve", name, _resolve, (planner, image, self._update), self._check_resolve(image))
+        if plan is None:
+            late = f"_layers:{name}"  # hidden from `doit list`
+            loader = DelayedLoader(partial(self._late, image, late), executed=f"resolve:{name}")
+            yield Task(late, None, loader=loader)
+            before, layers = [f"resolve:{name}"], [late]
+        else:
+            before, layers = [], [f"unpack:{short(layer.ref.diff_id)}" for layer in dict.fromkeys(plan.layers)]
+            yield from self._layer_tasks(plan)
+        needs = [f"resolve:{name}"] if plan else []
+        yield self._task(
+            "mkfs", name, _mkfs, (planner, image), self._check(image, partial(stages.is_made, planner)),
+            setup=[*needs, *layers], task_dep=before,
+        )  # fmt: skip
+        yield self._task(
+            "assemble", name, _assemble, (planner, image), self._check(image, _is_assembled),
+            setup=[f"mkfs:{name}", *layers], task_dep=before,
+            clean=[(output.remove, [planner.workspace.output(image)])],
+        )  # fmt: skip
+        yield self._task(
+            "manifest", name, _manifest, (planner, image), self._check(image, _is_described),
+            setup=needs, task_dep=[f"assemble:{name}"],
+            clean=[(output.remove, [planner.workspace.manifest_output(image)])],
+        )  # fmt: skip
+        yield Task(f"build:{name}", None, task_dep=[f"manifest:{name}"], subtask_of="build", doc=f"build {name}")
+
+    def _late(self, image: ImageConfig, name: str) -> Iterator[Task]:
+        try:
+            plan = self._planner.plan(image)
+        except FledgeError:
+            plan = None  # mkfs will say it
+        names = [f"unpack:{short(layer.ref.diff_id)}" for layer in dict.fromkeys(plan.layers)] if plan else []
+        if plan:
+            yield from self._layer_tasks(plan)
+        yield Task(name, None, task_dep=names, has_subtask=True)
+
+    def _layer_tasks(self, plan: ImagePlan) -> Iterator[Task]:
+        planner = self._planner
+        for layer in plan.layers:
+            if layer.ref.diff_id in self._layers:
+                continue
+            self._layers.add(layer.ref.diff_id)
+            name = short(layer.ref.diff_id)
+            yield self._task(
+                "fetch", name, stages.fetch, (planner, plan, layer), partial(stages.is_fetched, planner.store, layer)
+            )
+            yield self._task(
+                "unpack", name, stages.unpack, (planner, plan, layer), partial(_is_unpacked, planner, layer),
+                setup=[f"fetch:{name}"],
+            )  # fmt: skip
+
+    def _check_resolve(self, image: ImageConfig) -> Callable[[], bool]:
+        return lambda: not self._update and is_resolved(self._planner, image)
+
+    def _check(self, image: ImageConfig, check: Callable[[ImagePlan], bool]) -> Callable[[], bool]:
+        def function() -> bool:
+            plan = self._planner.plan(image)
+            return plan is not None and check(plan)
+
+        return function
+
+    def _task(
+        self,
+        stage: str,
+        name: str,
+        function: Callable[..., stages.Values],
+        arguments: tuple[object, ...],
+        check: Callable[[], bool],
+        *,
+        setup: Iterable[str] = (),
+        task_dep: Iterable[str] = (),
+        clean: Iterable[Any] = (),
+    ) -> Task:
+        return Task(
+            f"{stage}:{name}",
+            [(StageAction(function, arguments),)],
+            uptodate=[_Fresh(check)],
+            setup=list(setup),
+            task_dep=list(task_dep),
+            clean=list(clean),
+            subtask_of=stage,
+            doc=f"{stage} {name}",
+            io={"capture": False},
+        )
+
+
+class Loader(TaskLoader2):  # type: ignore[misc]  # doit has no types
+    """Gives doit the graph of some images of a workspace."""
+
+    def __init__(self, graph: Graph, images: Iterable[ImageConfig]) -> None:
+        super().__init__()
+        self._graph = graph
+        self._images = tuple(images)
+
+    def setup(self, opt_values: object) -> None:
+        """Do nothing: there are no options."""
+
+    def load_doit_config(self) -> dict[str, Any]:
+        """Return doit's settings."""
+        return dict(DOIT_CONFIG)
+
+    def load_tasks(self, cmd: object, pos_args: object) -> list[Task]:  # noqa: ARG002
+        """Return the tasks."""
+        return self._graph.tasks(self._images)
+
+
+def _plan(planner: Planner, image: ImageConfig) -> ImagePlan:
+    plan = planner.plan(image)
+    if plan is None:
+        raise FledgeError(str(planner.unresolved(image)), where=image.name, hint="it changed meanwhile: run again")
+    return plan
+
+
+def _resolve(planner: Planner, image: ImageConfig, update: bool) -> stages.Values:
+    return resolve(planner, image, update=update)
+
+
+def _mkfs(planner: Planner, image: ImageConfig) -> stages.Values:
+    return stages.mkfs(planner, _plan(planner, image))
+
+
+def _assemble(planner: Planner, image: ImageConfig) -> stages.Values:
+    return stages.assemble(planner, _plan(planner, image))
+
+
+def _manifest(planner: Planner, image: ImageConfig) -> stages.Values:
+    return stages.write_manifest(planner, _plan(planner, image))
+
+
+def _is_unpacked(planner: Planner, layer: Layer) -> bool:
+    return planner.store.find(layer.unpack_key) is not None
+
+
+def _is_assembled(plan: ImagePlan) -> bool:
+    return isinstance(stages.is_assembled(plan), output.Written)
+
+
+def _is_described(plan: ImagePlan) -> bool:
+    return isinstance(stages.is_described(plan), output.Written)

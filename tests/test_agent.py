@@ -1,0 +1,343 @@
+"""The agent: URLs, local files, and downloads from a loopback server that misbehaves."""
+
+from __future__ import annotations
+
+import re
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+
+from fledge_tasks import agent
+from fledge_tasks.agent import AgentSpec, agent_url, config_entry, download, entry, local_agent, lock_name
+from fledge_tasks.digest import sha256_bytes, sha256_file
+from fledge_tasks.errors import AgentError
+from fledge_tasks.oci.layer_index import Kind
+
+PROGRAM = b"\x7fELF" + bytes(range(256)) * 1200
+TAG = '"v1"'
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each request with the next step of the path's script; the last step is repeated."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.scripts: dict[str, list[Callable[[Handler], None]]] = {}
+        self.requests: list[tuple[str, str | None]] = []
+
+    def url(self, *script: Callable[[Handler], None]) -> str:
+        path = f"/{len(self.scripts)}"
+        self.scripts[path] = list(script)
+        return f"http://127.0.0.1:{self.server_address[1]}{path}"
+
+    @property
+    def ranges(self) -> list[str | None]:
+        return [requested for _, requested in self.requests]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.requests.append((self.path, self.headers.get("Range")))
+        script = self.server.scripts[self.path.partition("?")[0]]
+        (script.pop(0) if len(script) > 1 else script[0])(self)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+    def reply(self, status: int, body: bytes, length: int | None = None, **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+        self.close_connection = True
+
+
+def whole(handler: Handler) -> None:
+    """Serve the program, or the part that is asked for, like a good server."""
+    start = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
+    if start and handler.headers.get("If-Range") == TAG:
+        offset = int(start[1])
+        content_range = f"bytes {offset}-{len(PROGRAM) - 1}/{len(PROGRAM)}"
+        handler.reply(206, PROGRAM[offset:], Content_Range=content_range, ETag=TAG)
+    else:
+        handler.reply(200, PROGRAM, ETag=TAG)
+
+
+def unsized(handler: Handler) -> None:
+    """Serve the program without saying how long it is."""
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(PROGRAM)
+    handler.close_connection = True
+
+
+def cut(length: int, **headers: str) -> Callable[[Handler], None]:
+    """Promise the program and break off after `length` bytes."""
+    return lambda handler: handler.reply(200, PROGRAM[:length], len(PROGRAM), **headers)
+
+
+def status(code: int) -> Callable[[Handler], None]:
+    return lambda handler: handler.reply(code, b"<html>sorry</html>")
+
+
+def body(data: bytes) -> Callable[[Handler], None]:
+    return lambda handler: handler.reply(200, data)
+
+
+def moved(target: str, code: int = 302) -> Callable[[Handler], None]:
+    return lambda handler: handler.reply(code, b"", Location=target)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(agent, "BACKOFF_SECONDS", (0.0, 0.0, 0.0))
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def test_download(server: Server, tmp_path: Path) -> None:
+    seen: list[int] = []
+    checksum = sha256_bytes(PROGRAM)
+    assert download(server.url(whole), tmp_path / "x", checksum=checksum, advance=seen.append) == checksum
+    assert (tmp_path / "x").read_bytes() == PROGRAM
+    assert sum(seen) == len(PROGRAM)
+    assert len(server.requests) == 1
+
+
+def test_scripts_are_programs_too(server: Server, tmp_path: Path) -> None:
+    script = b"#!/bin/sh\n"
+    assert download(server.url(body(script)), tmp_path / "x") == sha256_bytes(script)
+
+
+def test_body_without_length(server: Server, tmp_path: Path) -> None:
+    assert download(server.url(unsized), tmp_path / "x") == sha256_bytes(PROGRAM)
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_redirects_are_followed(server: Server, tmp_path: Path, code: int) -> None:
+    assert download(server.url(moved(server.url(whole), code)), tmp_path / "x") == sha256_bytes(PROGRAM)
+    assert len(server.requests) == 2
+
+
+def test_redirect_loop_ends(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(AgentError, match="answered with status 302"):
+        download(server.url(moved("/0")), tmp_path / "x")
+
+
+def test_redirect_to_a_file_is_refused(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(AgentError, match="not allowed"):
+        download(server.url(moved("file:///etc/hostname")), tmp_path / "x")
+
+
+def test_redirect_from_https_to_http_is_refused() -> None:
+    request = urllib.request.Request("https://user:secret@example.com/kestrel?token=secret")
+    with pytest.raises(AgentError, match="from https to http") as caught:
+        agent._Redirects().redirect_request(request, BytesIO(), 302, "", Message(), "http://example.com/")  # type: ignore[arg-type]
+    assert caught.value.where == "https://example.com/kestrel"
+
+
+@pytest.mark.parametrize("code", [404, 403, 401, 410])
+def test_refusals_are_not_tried_again(server: Server, tmp_path: Path, code: int) -> None:
+    with pytest.raises(AgentError, match=f"status {code}"):
+        download(server.url(status(code)), tmp_path / "x")
+    assert len(server.requests) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [204, 203])
+def test_other_success_is_no_success(server: Server, tmp_path: Path, code: int) -> None:
+    with pytest.raises(AgentError, match=f"status {code}"):
+        download(server.url(lambda handler: handler.reply(code, b"")), tmp_path / "x")
+
+
+def test_busy_server_is_tried_again(server: Server, tmp_path: Path) -> None:
+    digest = download(server.url(status(503), status(429), status(500), whole), tmp_path / "x")
+    assert digest == sha256_bytes(PROGRAM)
+    assert len(server.requests) == 4
+
+
+def test_busy_server_is_given_up(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(AgentError, match="tried 4 times: the server answered with status 502"):
+        download(server.url(status(502)), tmp_path / "x")
+    assert len(server.requests) == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_listens(server: Server, tmp_path: Path) -> None:
+    url = server.url(whole)
+    server.socket.close()
+    with pytest.raises(AgentError, match=r"tried 4 times: .*refused"):
+        download(url, tmp_path / "x")
+
+
+def test_truncated_transfer_is_resumed(server: Server, tmp_path: Path) -> None:
+    seen: list[int] = []
+    digest = download(server.url(cut(100_000, ETag=TAG), whole), tmp_path / "x", advance=seen.append)
+    assert digest == sha256_bytes(PROGRAM) == sha256_file(tmp_path / "x")
+    assert server.ranges == [None, "bytes=100000-"]
+    assert sum(seen) == len(PROGRAM)
+    assert min(seen) > 0
+
+
+def test_resumed_transfer_of_a_file_that_changed_starts_over(server: Server, tmp_path: Path) -> None:
+    seen: list[int] = []
+    digest = download(server.url(cut(100_000, ETag='"v0"'), whole), tmp_path / "x", advance=seen.append)
+    assert digest == sha256_bytes(PROGRAM) == sha256_file(tmp_path / "x")
+    assert sum(seen) == len(PROGRAM)
+    assert -100_000 in seen
+
+
+@pytest.mark.parametrize("headers", [{}, {"ETag": 'W/"v1"'}])
+def test_without_proof_of_sameness_the_transfer_starts_over(
+    server: Server, tmp_path: Path, headers: dict[str, str]
+) -> None:
+    assert download(server.url(cut(100_000, **headers), whole), tmp_path / "x") == sha256_bytes(PROGRAM)
+    assert server.ranges == [None, None]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda handler: handler.reply(206, PROGRAM[5:], Content_Range="bytes 5-9/10"),
+        lambda handler: handler.reply(206, PROGRAM[5:]),
+        status(416),
+    ],
+)
+def test_wrong_part_is_not_used(server: Server, tmp_path: Path, answer: Callable[[Handler], None]) -> None:
+    digest = download(server.url(cut(100_000, ETag=TAG), answer, whole), tmp_path / "x")
+    assert digest == sha256_bytes(PROGRAM) == sha256_file(tmp_path / "x")
+    assert server.ranges == [None, "bytes=100000-", None]
+
+
+def test_always_truncated(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(AgentError, match=f"ended after 1000 of {len(PROGRAM)} bytes"):
+        download(server.url(cut(1000)), tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_checksum(server: Server, tmp_path: Path) -> None:
+    expected = sha256_bytes(b"")
+    with pytest.raises(AgentError) as caught:
+        download(server.url(whole) + "?token=secret", tmp_path / "x", checksum=expected)
+    assert f"found {sha256_bytes(PROGRAM)}, expected {expected}" in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("data", [b"<!DOCTYPE html>", b"", b"\x7fEL"])
+def test_what_is_no_program(server: Server, tmp_path: Path, data: bytes) -> None:
+    with pytest.raises(AgentError, match="does not look like a program"):
+        download(server.url(body(data)), tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_too_large(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says_so: bool) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(agent, "MAX_BYTES", len(PROGRAM) - 1)
+    with pytest.raises(AgentError, match="is larger than"):
+        download(server.url(whole if says_so else unsized), tmp_path / "x", advance=seen.append)
+    assert bool(seen) is not says_so
+    assert len(server.requests) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("ftp://example.com/x", "only http and https"),
+        ("file:///etc/passwd", "only http and https"),
+        ("kestrel", "only http and https"),
+        ("http://[", "not a URL"),
+        ("http:///x", "no host given"),
+        ("http://127.0.0.1:port/x", "nonnumeric port"),
+    ],
+)
+def test_bad_urls(tmp_path: Path, url: str, message: str) -> None:
+    with pytest.raises(AgentError, match=message):
+        download(url, tmp_path / "x")
+
+
+def test_interrupt_leaves_nothing(server: Server, tmp_path: Path) -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        download(server.url(whole), tmp_path / "x", advance=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+GITHUB = "https://github.com/volantvm/volant/releases"
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (AgentSpec("local", path="./kestrel"), None),
+        (AgentSpec("http", url="https://example.com/k"), "https://example.com/k"),
+        (AgentSpec("release", version="v1.2"), f"{GITHUB}/download/v1.2/kestrel"),
+        (AgentSpec("release", version="latest"), f"{GITHUB}/latest/download/kestrel"),
+        (AgentSpec("release", version="a b/c"), f"{GITHUB}/download/a%20b%2Fc/kestrel"),
+        (AgentSpec("release", version="v1", base_url="http://mirror/k/"), "http://mirror/k/v1/kestrel"),
+        (AgentSpec("release", version="latest", base_url="http://mirror/k"), "http://mirror/k/latest/kestrel"),
+        (
+            AgentSpec("release", version="latest", base_url="http://git/o/r/releases/download"),
+            "http://git/o/r/releases/latest/download/kestrel",
+        ),
+        (AgentSpec("release", version="v1", base_url="http://m/{version}/k-{arch}"), "http://m/v1/k-arm64"),
+        (AgentSpec("release", version="v1", base_url="http://m/k-{arch}"), "http://m/k-arm64"),
+    ],
+)
+def test_agent_url(spec: AgentSpec, expected: str | None) -> None:
+    assert agent_url(spec, "arm64") == expected
+
+
+def test_lock_names_differ_where_downloads_do() -> None:
+    specs = [
+        AgentSpec("release", version="v1"),
+        AgentSpec("release", version="v2"),
+        AgentSpec("release", version="v1", base_url="http://mirror"),
+        AgentSpec("http", url="http://mirror/x"),
+        AgentSpec("local", path="x"),
+    ]
+    assert len({lock_name(spec) for spec in specs}) == len(specs)
+    assert lock_name(specs[3]) == lock_name(AgentSpec("http", url="http://mirror/x", checksum="sha256:0"))
+
+
+def test_local_agent(tmp_path: Path) -> None:
+    (tmp_path / "kestrel").write_bytes(PROGRAM)
+    found = local_agent(AgentSpec("local", path="./kestrel"), tmp_path, sha256_file)
+    assert found == (tmp_path / "kestrel", sha256_bytes(PROGRAM), len(PROGRAM))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("gone", "No such file"), (".", "not a regular file"), ("a\0b", "null byte")]
+)
+def test_bad_local_agent(tmp_path: Path, path: str, message: str) -> None:
+    with pytest.raises(AgentError, match=message):
+        local_agent(AgentSpec("local", path=path), tmp_path, sha256_file)
+
+
+def test_entries() -> None:
+    program, config = entry(5, 7, -3), config_entry(9, 2, 4)
+    assert (program.path, program.kind, program.mode) == (b"bin/kestrel", Kind.FILE, 0o755)
+    assert (program.size, program.block, program.mtime_ns) == (5, 7, -3)
+    assert (config.path, config.kind, config.mode) == (b"etc/fsify-entrypoint", Kind.FILE, 0o644)
+    assert (config.size, config.block, config.mtime_ns) == (9, 2, 4)
