@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge_tasks.digest import sha256_bytes
@@ -131,6 +131,7 @@ def test_schema_1_has_a_way_out() -> None:
     assert "skopeo copy --format v2s2" in (refusal(b'{"schemaVersion": 1}').hint or "")
 
 
+@settings(max_examples=40)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(),

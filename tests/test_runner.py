@@ -544,8 +544,8 @@ def work(name, cleanup_seconds=0.0):
 def spin(name):
     temp = Path(f"temp-{name}")
     temp.touch()
-    Path(f"program-{name}").write_text(str(os.getpid()))
     try:
+        Path(f"program-{name}").write_text(str(os.getpid()))
         time.sleep(60)
     finally:
         temp.unlink()

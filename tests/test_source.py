@@ -165,6 +165,7 @@ class Workspace(NamedTuple):
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/no.sock")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # no logins of the host
     found = Workspace(tmp_path / "a:b", tmp_path / "s:c", tmp_path / "into")
     for folder in found:
         folder.mkdir()
@@ -232,7 +233,17 @@ class TestLocal:
         assert found.identity == workspace.identity("oci-archive:x.tar:one")
         assert sum(workspace.fetch("oci-archive:x.tar", found.image, found.image.layers[1:])) > 0
         os.utime(path, ns=(1, 1))
-        assert found.identity != workspace.identity("oci-archive:x.tar:one")
+        assert found.identity == workspace.identity("oci-archive:x.tar:one") == sha256_file(path)
+        seen: list[Path] = []
+        reference = parse("oci-archive:x.tar:one")
+        arguments: dict[str, Any] = {"folder": workspace.folder, "platform": AMD64}
+
+        def digest_of(path: Path) -> str:
+            seen.append(path)
+            return "known"
+
+        assert identity(reference, digest_of=digest_of, **arguments) == "known"
+        assert seen == [path]
 
     @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE])
     def test_only_regular_members_of_archives_are_read(self, workspace: Workspace, kind: bytes) -> None:
@@ -255,11 +266,13 @@ class TestLocal:
     def test_wrong_forms_are_named(self, workspace: Workspace, layout: Layout) -> None:
         layout.tag("one", layout.image())
         archive_of(layout.path, workspace.folder / "x.tar")
-        with pytest.raises(SourceError, match="is a folder"):
-            workspace.resolve("oci-archive:img")
-        for image in ("oci:x.tar", "dir:x.tar"):
-            with pytest.raises(SourceError):
-                workspace.resolve(image)
+        wrong = {"oci-archive:img": "a folder", "docker-archive:img:x": "a folder", "oci:x.tar": "a file"}
+        wrong["dir:x.tar"] = "a file"
+        for image, found in wrong.items():
+            for ask in (workspace.resolve, workspace.identity):
+                with pytest.raises(SourceError, match=f"is {found}") as caught:
+                    ask(image)
+                assert type(caught.value) is SourceError
         with pytest.raises(ImageNotFoundError, match=r"holds no manifest\.json"):
             workspace.resolve("dir:img")
 
@@ -650,6 +663,8 @@ def test_skopeo_is_needed(workspace: Workspace, monkeypatch: pytest.MonkeyPatch)
     [
         ("open /etc/containers/policy.json: no such file or directory", SourceError, "policy", "policy.json"),
         ("Source image rejected: Running image docker://x is rejected by policy.", SourceError, "policy", "policy"),
+        ('reading JSON file "/run/containers/9/auth.json": open /run/containers/9/auth.json: permission denied',
+         SourceError, "may not read its file with logins", "XDG_RUNTIME_DIR"),
         ("x509: certificate signed by unknown authority", SourceError, "certificate", "certs.d"),
         ("errors:\ndenied: requested access to the resource is denied\nunauthorized: authentication required",
          SourceError, "does not let us read", "skopeo login"),

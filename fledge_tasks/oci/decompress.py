@@ -128,7 +128,7 @@ def _gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:
                     raise LayerError("truncated gzip stream")
             try:
                 output = member.decompress(data, CHUNK_BYTES)
-            except igzip_lib.IsalError as error:
+            except igzip_lib.IsalError as error:  # type: ignore[misc]  # not a class, says its stub
                 raise LayerError(f"corrupt gzip stream: {error}") from None
             data = b""
             if output:

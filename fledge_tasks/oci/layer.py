@@ -11,8 +11,7 @@ import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple
 
 from fledge_tasks.errors import BlobError, LayerError
 from fledge_tasks.oci.decompress import open_stream
@@ -57,23 +56,35 @@ def unpack(
     wrong with it; LayerError when it is not an archive that can be used, or not the one of
     `diff_id`; OSError when reading or writing fails. What the files hold then is of no use.
     """
-    blob_hash, tar_hash = hashlib.sha256(), hashlib.sha256()
     payload = PayloadWriter(payload_fd)
     index = IndexWriter(index_file)
+    source = _HashedBlob(blob, blob_size)
+    tar_hash = hashlib.sha256()
+    tar_bytes = told = 0
+
+    def tar(stream: Iterator[bytes]) -> Iterator[bytes]:
+        nonlocal tar_bytes, told
+        for chunk in stream:
+            tar_hash.update(chunk)
+            tar_bytes += len(chunk)
+            told, count = source.bytes_read, source.bytes_read - told
+            advance(count)
+            yield chunk
+
     failure: LayerError | None = None
-    with _HashingThread() as hashing:
-        source = _HashedBlob(blob, blob_size, blob_hash, hashing, advance)
-        try:
-            tar = _HashedChunks(open_stream(source), tar_hash, hashing)
-            for member in (archive := Archive(tar)).members():
+    try:
+        # Reading, the digest of the blob and decompressing take about as long as all the rest.
+        with _ReadAhead(open_stream(source)) as stream:
+            chunks = tar(stream)
+            for member in (archive := Archive(chunks)).members():
                 index.add(_entry(member, archive, payload))
-            for _ in tar:  # what follows the end of the archive belongs to the diff ID
+            for _ in chunks:  # what follows the end of the archive belongs to the diff ID
                 pass
-        except LayerError as error:
-            failure = error
-        while source.read(_DRAIN_BYTES):
-            pass
-    found = f"sha256:{blob_hash.hexdigest()}"
+    except LayerError as error:
+        failure = error
+    while source.read(_DRAIN_BYTES):
+        pass
+    found = f"sha256:{source.hash.hexdigest()}"
     if source.bytes_read != blob_size:
         size = f"more than {blob_size}" if source.bytes_read > blob_size else f"{source.bytes_read}"
         raise BlobError(f"the blob has {size} bytes, its manifest says {blob_size}", where=where)
@@ -83,9 +94,10 @@ def unpack(
         raise LayerError(failure.message, where=where)
     if (found := f"sha256:{tar_hash.hexdigest()}") != diff_id:
         raise LayerError(f"the layer has the diff ID {found}, the image config says {diff_id}", where=where)
+    advance(source.bytes_read - told)
     index.close()
     payload_bytes, payload_xxh3 = payload.close()
-    return Unpacked(index.entries, payload_bytes, payload_xxh3, tar.bytes_read)
+    return Unpacked(index.entries, payload_bytes, payload_xxh3, tar_bytes)
 
 
 def clean(path: bytes) -> bytes:
@@ -185,86 +197,72 @@ def _sparse(segments: list[tuple[int, int]], archive: Archive, payload: PayloadW
     return tuple(Run(logical, start, end - start) for (logical, start), end in zip(starts, ends, strict=False))
 
 
-class _Hash(Protocol):
-    def update(self, data: bytes, /) -> None: ...
-
-
-class _HashingThread:
-    """Hashes chunks in a second thread, in the order they come, while the block runs.
-
-    The block ends, well or not, when all chunks that were given are hashed; then the thread is gone.
-    It takes every chunk whatever happens, so giving one never waits for long. An error of it is
-    raised when the block ends well.
-    """
-
-    def __init__(self) -> None:
-        # A few chunks, to even out; each may be half a megabyte or more.
-        self._queue: queue.Queue[tuple[_Hash, bytes] | None] = queue.Queue(maxsize=8)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="hashing", daemon=True)
-
-    def __enter__(self) -> _HashingThread:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        if self._error and not value:
-            raise self._error
-
-    def update(self, hash_: _Hash, data: bytes) -> None:
-        """Have `data` added to `hash_`."""
-        self._queue.put((hash_, data))
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if not self._error:
-                try:
-                    item[0].update(item[1])
-                except BaseException as error:
-                    self._error = error
-
-
 class _HashedBlob:
-    """Reads a blob, but not much further than its size, and has what it reads hashed."""
+    """Reads a blob, but not much further than its size, and hashes what it reads."""
 
-    def __init__(
-        self, file: BinaryIO, size: int, hash_: _Hash, hashing: _HashingThread, advance: Callable[[int], None]
-    ) -> None:
+    def __init__(self, file: BinaryIO, size: int) -> None:
         self._file = file
         self._size = size
-        self._hash = hash_
-        self._hashing = hashing
-        self._advance = advance
+        self.hash = hashlib.sha256()
         self.bytes_read = 0
 
     def read(self, size: int, /) -> bytes:
         if self.bytes_read > self._size:
             return b""
         data = self._file.read(size)
+        self.hash.update(data)
         self.bytes_read += len(data)
-        self._hashing.update(self._hash, data)
-        self._advance(len(data))
         return data
 
 
-class _HashedChunks:
-    """An iterator over chunks that has what passes hashed."""
+class _ReadAhead:
+    """Iterates over `chunks` in a second thread, a few ahead of who iterates over this.
 
-    def __init__(self, chunks: Iterator[bytes], hash_: _Hash, hashing: _HashingThread) -> None:
+    When the block ends, well or not, the thread has ended, and nobody iterates over `chunks` any
+    more. Errors of theirs are raised where the next chunk would have been.
+    """
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
-        self._hash = hash_
-        self._hashing = hashing
-        self.bytes_read = 0
+        self._queue: queue.Queue[bytes | None] = queue.Queue(maxsize=8)  # None ends it
+        self._stopped = False
+        self._ended = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
+
+    def __enter__(self) -> _ReadAhead:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # The thread may wait for room in the queue: it gets some until it says that it ends.
+        self._stopped = True
+        while not self._ended:
+            self._take()
+        self._thread.join()
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
-        chunk = next(self._chunks)
-        self.bytes_read += len(chunk)
-        self._hashing.update(self._hash, chunk)
+        if not self._ended and (chunk := self._take()) is not None:
+            return chunk
+        if self._error:
+            raise self._error
+        raise StopIteration
+
+    def _take(self) -> bytes | None:
+        chunk = self._queue.get()
+        self._ended = chunk is None
         return chunk
+
+    def _run(self) -> None:
+        try:
+            for chunk in self._chunks:
+                if self._stopped:
+                    break
+                self._queue.put(chunk)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._queue.put(None)

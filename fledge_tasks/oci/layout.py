@@ -173,9 +173,6 @@ class LocalImage:
 @contextlib.contextmanager
 def open_image(path: Path, form: str, where: str) -> Iterator[LocalImage]:
     """Open what lies at `path` in the form 'oci', 'oci-archive' or 'dir'. Raises SourceError."""
-    if path.is_dir() == (form == "oci-archive"):
-        found, hint = ("a folder", "oci:") if path.is_dir() else ("a file", "oci-archive: or docker-archive:")
-        raise SourceError(f"{path} is {found}", where=where, hint=f"the transport for that is {hint}")
     if form == "oci-archive":
         with contextlib.ExitStack() as stack:
             with _reading(where):

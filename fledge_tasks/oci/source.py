@@ -77,8 +77,9 @@ def resolve(
 ) -> Resolution:
     """Find out which image a reference stands for.
 
-    `folder` is where relative paths start. Without a transport the Docker daemon is asked first and
-    the registry second; only 'no daemon' and 'no such image' lead to the registry. Raises
+    `folder` is where relative paths start; `digest_of` is that of `identity`. Without a transport
+    the Docker daemon is asked first and the registry second; only 'no daemon' and 'no such image'
+    lead to the registry. On an error the scratch folder holds nothing of this call. Raises
     ImageNotFoundError, NoDaemonError, OfflineError (the registry would be needed and `offline` is
     set), BlobError, SourceError, InputError (the platform), ToolError.
     """
@@ -110,8 +111,8 @@ def identity(
 
     Cheap: a daemon image's ID (nothing is exported), the digest of the manifest in a layout, of
     `manifest.json` and `version` in a `dir:` folder, of the manifest in containers-storage, and of
-    an archive as a whole, for which `digest_of` may remember what it has read before. Without a transport it is None when the daemon does not have the
-    image. Raises the errors of `resolve`.
+    an archive as a whole, for which `digest_of` may remember what it has read before. Without a
+    transport it is None when the daemon does not have the image. Raises the errors of `resolve`.
     """
     asked = Platform.parse(platform)
     if reference.transport == "docker":
@@ -307,11 +308,16 @@ def _check_unchanged(found: str, expected: str, where: str) -> None:
 
 
 def _local_path(reference: Reference, folder: Path) -> Path:
+    assert reference.transport in PATH_TRANSPORTS
     path = Path(os.path.abspath(folder / reference.path))
     if not path.exists():
         raise ImageNotFoundError(
             f"there is nothing at {path}", where=reference.canonical, hint=f"relative paths start at {folder}"
         )
+    if path.is_dir() == reference.transport.endswith("-archive"):
+        found, form = ("a folder", "oci: or dir:") if path.is_dir() else ("a file", "oci-archive: or docker-archive:")
+        hint = f"the transport for that is {form}"
+        raise SourceError(f"{path} is {found}", where=reference.canonical, hint=hint)
     return path
 
 
@@ -387,6 +393,12 @@ _FAILURES: tuple[tuple[str, type[SourceError], str, str | None], ...] = (
         "skopeo's signature policy does not let it through",
         "see containers-policy.json(5); distributions ship a default as /etc/containers/policy.json "
         "(Debian: sudo apt-get install golang-github-containers-common)",
+    ),
+    (
+        r"reading JSON file .* permission denied",
+        SourceError,
+        "skopeo may not read its file with logins",
+        "set XDG_RUNTIME_DIR to a folder of yours, or REGISTRY_AUTH_FILE to a file",
     ),
     (r"no space left on device", SourceError, "there is no space left for it", "free some space, or set TMPDIR"),
     (

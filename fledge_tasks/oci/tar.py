@@ -3,32 +3,28 @@
 Understood are v7, ustar (POSIX.1-1988), pax (POSIX.1-2001, 'pax Interchange Format'), star and the
 GNU format (tar(5) of libarchive, 'GNU Tar Archives'): long names, numbers in base 256, sparse
 members in the old GNU format and in the PAX formats 0.0, 0.1 and 1.0 (GNU tar manual, appendix
-'Storing Sparse Files'), extended attributes as SCHILY.xattr.* and LIBARCHIVE.xattr.*. Where the
-formats leave room, what Go's archive/tar does is followed, since the archives were read by it
-before. Names are bytes, whatever they mean.
+'Storing Sparse Files'). Where the formats leave room, what Go's archive/tar does is followed, since
+the tools that make and run images are written in Go. Names are bytes, whatever they mean.
 
-A parser of its own, since the tarfile of the standard library takes ten times as long and knows
-too little of attributes and sparse members.
+A parser of its own, since the tarfile of the standard library takes several times as long, and
+knows neither attributes nor limits.
 """
 
 from __future__ import annotations
 
-import binascii
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from urllib.parse import unquote_to_bytes
 
 import msgspec
 
 from fledge_tasks.errors import LayerError
 from fledge_tasks.oci.decompress import Cursor
 from fledge_tasks.oci.layer_index import Kind
+from fledge_tasks.oci.pax import parse_decimal, parse_records, parse_time, parse_xattrs
 
 MAX_EXTENSION_BYTES = 1 << 20
 MAX_SEGMENTS = 1 << 18
-MAX_XATTR_NAME_BYTES = 255  # xattr(7)
-MAX_XATTR_BYTES = 1 << 16
 
 _BLOCK = 512
 _ZERO_BLOCK = bytes(_BLOCK)
@@ -47,8 +43,6 @@ _KINDS = {
 }
 # Mode, uid, gid, size and mtime as nearly all archives have them; others take the longer way.
 _NUMBERS = re.compile(rb"([0-7]{6}[0-7 ])[ \0]" * 3 + rb"([0-7]{11})[ \0]" * 2)
-_SCHILY = b"SCHILY.xattr."
-_LIBARCHIVE = b"LIBARCHIVE.xattr."
 _MAX_INT64 = (1 << 63) - 1
 _MAX_ID = (1 << 32) - 1
 
@@ -204,20 +198,22 @@ class Archive:
                 size = 0
             self._left = size
             self._padding = -size % _BLOCK
+            # Keys of vendors are in capitals, and rare (POSIX, pax, 'pax Extended Header').
+            vendor = bool(records) and min(records) < b"a"
             segments = None
             if block[156] == 0x53:  # S
                 if magic != b"ustar  \0":
                     raise LayerError("it is sparse as only GNU tar writes it, but not in the GNU format")
                 size = _number(block[483:495])
                 segments = _segments(self._old_gnu_map(block), size)
-            elif records and any(key.startswith(b"GNU.sparse.") for key in records):
+            elif vendor:
                 path, size, segments = self._pax_sparse(records, path, size, kind)
             if segments is not None and sum(length for _, length in segments) != self._left:
                 raise LayerError(f"its sparse map does not fit the {self._left} bytes of its data")
             rdev = (0, 0)
             if kind in (Kind.CHAR_DEVICE, Kind.BLOCK_DEVICE) and magic[:5] == b"ustar":
                 rdev = _number(block[329:337]), _number(block[337:345])
-            xattrs = _xattrs(records) if records else {}
+            xattrs = parse_xattrs(records) if vendor else {}
             if b"\0" in path or b"\0" in link:
                 raise LayerError("a name holds a NUL byte")
         except LayerError as error:
@@ -246,19 +242,20 @@ class Archive:
     ) -> tuple[bytes, int, list[tuple[int, int]] | None]:
         """Return path, size and segments of a member with GNU.sparse.* records."""
         version = records.get(b"GNU.sparse.major", b""), records.get(b"GNU.sparse.minor", b"")
-        text = records.get(b"GNU.sparse.map", b"")
-        if version == (b"", b"") and not text:
+        pairs = records.get(b"GNU.sparse.map", b"")
+        if version == (b"", b"") and not pairs:
             return path, size, None
         if kind is not Kind.FILE:
             raise LayerError("it is sparse, but not a regular file")
         path = records.get(b"GNU.sparse.name") or path
-        size = _decimal(records.get(b"GNU.sparse.size") or records.get(b"GNU.sparse.realsize") or b"%d" % size)
+        if text := records.get(b"GNU.sparse.size") or records.get(b"GNU.sparse.realsize"):
+            size = parse_decimal(text)
         if version == (b"1", b"0"):
             numbers = self._pax_1_0_map()
         elif version in ((b"", b""), (b"0", b"0"), (b"0", b"1")):
             # `parse_records` turned 0.0 into 0.1. Its length is bounded by that of the header.
-            numbers = [_decimal(number) for number in text.split(b",")] if text else []
-            if len(numbers) != 2 * _decimal(records.get(b"GNU.sparse.numblocks", b"")):
+            numbers = [parse_decimal(number) for number in pairs.split(b",")] if pairs else []
+            if len(numbers) != 2 * parse_decimal(records.get(b"GNU.sparse.numblocks", b"")):
                 raise LayerError("its sparse map is not as long as GNU.sparse.numblocks says")
         else:
             raise LayerError(f"its sparse format {shown(b'.'.join(version))} is not known")
@@ -274,56 +271,17 @@ class Archive:
             block = b"".join(self.segment(_BLOCK))
             text += block
             if lines == 0 and b"\n" in text:
-                segments = _decimal(bytes(text).partition(b"\n")[0])
+                segments = parse_decimal(bytes(text).partition(b"\n")[0])
                 if segments > MAX_SEGMENTS:
                     raise _too_many_segments()
                 wanted += 2 * segments
             elif lines == 0:
                 raise LayerError("its sparse map does not start with a number")
             lines += block.count(b"\n")
-        return [_decimal(line) for line in bytes(text).split(b"\n")[1:wanted]]
+        return [parse_decimal(line) for line in bytes(text).split(b"\n")[1:wanted]]
 
     def _cut(self) -> LayerError:
         return LayerError(f"truncated archive: ends inside {shown(self._path)}, at byte {self._source.offset}")
-
-
-def parse_records(data: bytes) -> dict[bytes, bytes]:
-    """Return the records of an extended header: '<length> <key>=<value>\\n', each (POSIX, pax).
-
-    The pairs of the sparse format 0.0, whose keys are repeated, become the map of 0.1. Raises LayerError.
-    """
-    records: dict[bytes, bytes] = {}
-    sparse: list[bytes] = []
-    at = 0
-    while at < len(data):
-        space = data.find(b" ", at, at + 20)
-        digits = data[at:space]
-        end = at + int(digits) if space > 0 and digits.isdigit() else 0
-        if not space < end <= len(data) or data[end - 1] != 0x0A:
-            raise LayerError("corrupt archive: a record of an extended header has a wrong length")
-        key, equals, value = data[space + 1 : end - 1].partition(b"=")
-        if not equals or not key or b"\0" in key:
-            raise LayerError("corrupt archive: a record of an extended header is not '<key>=<value>'")
-        at = end
-        if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
-            if (key == b"GNU.sparse.offset") != (len(sparse) % 2 == 0) or not value.isdigit():
-                raise LayerError("corrupt archive: the sparse map in an extended header is not made of pairs")
-            sparse.append(value)
-        else:
-            records[key] = value
-    if sparse:
-        records[b"GNU.sparse.map"] = b",".join(sparse)
-    return records
-
-
-def parse_time(text: bytes) -> int:
-    """Return the nanoseconds of a decimal number of seconds, digits past the ninth dropped. Raises LayerError."""
-    match = re.fullmatch(rb"(-?)([0-9]{1,19})(?:\.([0-9]*))?", text)
-    if not match:
-        raise LayerError(f"{shown(text)} is not a time")
-    sign, seconds, fraction = match.groups()
-    value = int(seconds) * 1_000_000_000 + int((fraction or b"")[:9].ljust(9, b"0"))
-    return -value if sign else value
 
 
 def _is_header(block: bytes) -> bool:
@@ -333,8 +291,8 @@ def _is_header(block: bytes) -> bool:
     field = block[148:156]
     total = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2 - sum(field) + 8 * 32
     try:
-        stored = _number(field)
-    except LayerError:
+        stored = int(field.strip(b" \0"), 8)
+    except ValueError:
         return False
     # Some old programs summed signed bytes.
     return stored == total or stored == total - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
@@ -352,11 +310,14 @@ def _numbers(block: bytes, records: dict[bytes, bytes]) -> tuple[int, int, int, 
         mtime = _number(block[136:148])
     mtime_ns = mtime * 1_000_000_000
     if records:
-        uid = _decimal(records.get(b"uid") or b"%d" % uid)
-        gid = _decimal(records.get(b"gid") or b"%d" % gid)
-        size = _decimal(records.get(b"size") or b"%d" % size)
-        if time := records.get(b"mtime"):
-            mtime_ns = parse_time(time)
+        if text := records.get(b"uid"):
+            uid = parse_decimal(text)
+        if text := records.get(b"gid"):
+            gid = parse_decimal(text)
+        if text := records.get(b"size"):
+            size = parse_decimal(text)
+        if text := records.get(b"mtime"):
+            mtime_ns = parse_time(text)
     if not 0 <= uid <= _MAX_ID or not 0 <= gid <= _MAX_ID:
         raise LayerError(f"its owner {uid}:{gid} is not within 0 and {_MAX_ID}")
     if not 0 <= size <= _MAX_INT64:
@@ -384,12 +345,6 @@ def _number(field: bytes) -> int:
     return int(digits, 8)
 
 
-def _decimal(text: bytes) -> int:
-    if not re.fullmatch(rb"[0-9]{1,19}", text):
-        raise LayerError(f"{shown(text)} is not a number")
-    return int(text)
-
-
 def _segments(numbers: Sequence[int], size: int) -> list[tuple[int, int]]:
     """Return offsets and lengths in pairs, without empty ones, after checking that they are in order."""
     end = 0
@@ -407,21 +362,3 @@ def _segments(numbers: Sequence[int], size: int) -> list[tuple[int, int]]:
 
 def _too_many_segments() -> LayerError:
     return LayerError(f"it is sparse with more than {MAX_SEGMENTS} parts")
-
-
-def _xattrs(records: dict[bytes, bytes]) -> dict[bytes, bytes]:
-    """Return the extended attributes; bsdtar writes each in both forms, of which SCHILY's is exact."""
-    xattrs: dict[bytes, bytes] = {}
-    for key, value in records.items():
-        if key.startswith(_SCHILY):
-            xattrs[key[len(_SCHILY) :]] = value
-        elif key.startswith(_LIBARCHIVE):
-            try:
-                decoded = binascii.a2b_base64(value + b"==")  # written without padding
-            except binascii.Error:
-                raise LayerError(f"its {shown(key)} is not in base 64") from None
-            xattrs.setdefault(unquote_to_bytes(key[len(_LIBARCHIVE) :]), decoded)
-    for name, value in xattrs.items():
-        if not 0 < len(name) <= MAX_XATTR_NAME_BYTES or b"\0" in name or len(value) > MAX_XATTR_BYTES:
-            raise LayerError(f"no file can have its extended attribute {shown(name)} of {len(value)} bytes")
-    return xattrs

@@ -1,0 +1,89 @@
+# make demo | test | lint | bench | setup | clean.  PYTHON chooses the interpreter, 3.11 or later.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+HELLO := examples/hello
+
+# What must be there, a program or a file, and the Debian package that brings it.
+DEMO_TOOLS := skopeo:skopeo mke2fs:e2fsprogs /var/lib/dpkg/info/busybox-static.list:busybox-static
+TEST_TOOLS := $(DEMO_TOOLS) umoci:umoci buildah:buildah mmdebstrap:mmdebstrap docker-registry:docker-registry \
+	dockerd:docker.io setpriv:util-linux zstd:zstd mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs \
+	/usr/share/keyrings/debian-archive-keyring.gpg:debian-archive-keyring
+
+# Everything in test and bench that mounts an image or starts a daemon needs root.
+AS_ROOT := $(if $(filter-out 0,$(shell id -u)),$(shell command -v sudo))
+
+.PHONY: demo test lint bench setup clean demo-tools test-tools python
+.DEFAULT_GOAL := demo
+
+demo: setup demo-tools $(HELLO)/layouts/hello
+	$(BIN)/fledge -C $(HELLO) build
+	$(BIN)/fledge -C $(HELLO) build
+	@PATH="$$PATH:/usr/sbin:/sbin" e2fsck -fn $(HELLO)/build/hello/rootfs.img
+	@wc -c $(HELLO)/build/hello/rootfs.img
+	@echo "Now change $(HELLO)/motd, a mapped file, and run make demo again."
+
+test: setup test-tools
+	$(AS_ROOT) env FLEDGE_REQUIRE_TOOLS=1 $(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+bench: setup test-tools
+	$(AS_ROOT) $(BIN)/python -m bench.run
+
+setup: python $(VENV)/.stamp
+
+clean:
+	rm -rf $(VENV) build .real-cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(addprefix examples/*/,build cache layouts fledge.lock)
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.stamp: pyproject.toml | python
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(HELLO)/layouts/hello: $(HELLO)/make-image.sh examples/oci-layout.sh | demo-tools
+	$(HELLO)/make-image.sh
+
+# $(call install,WHAT:PACKAGE...): install the packages of what is missing, or say which they are and stop.
+define install
+@PATH="$$PATH:/usr/sbin:/sbin"; missing=; \
+for need in $(1); do \
+	case $$need in \
+	/*) test -e "$${need%:*}" ;; \
+	*) command -v "$${need%:*}" >/dev/null ;; \
+	esac || missing="$$missing $${need##*:}"; \
+done; \
+test -n "$$missing" || exit 0; \
+if test "$$(id -u)" = 0; then root=; \
+elif command -v sudo >/dev/null; then root=sudo; \
+else root=none; fi; \
+if test "$$root" != none && command -v apt-get >/dev/null; then \
+	echo "installing:$$missing"; \
+	$$root apt-get -qq update && \
+	$$root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing && exit 0; \
+fi; \
+echo "error: these Debian packages are missing:$$missing" >&2; \
+echo "  as root: apt-get install$$missing" >&2; \
+exit 1
+endef
+
+demo-tools:
+	$(call install,$(DEMO_TOOLS))
+
+test-tools:
+	$(call install,$(TEST_TOOLS))
+
+python:
+	$(if $(wildcard $(VENV)/.stamp),,$(call install,$(PYTHON):python3))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: $$($(PYTHON) --version) is too old, 3.11 or later is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(MAKE) --no-print-directory venv-package
+
+.PHONY: venv-package
+venv-package:
+	$(call install,/nothing:python3-venv)
