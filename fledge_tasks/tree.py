@@ -11,7 +11,6 @@ No host path is ever made from a name found in a layer.
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -52,8 +51,9 @@ class Layer:
 def merge(layers: Sequence[Layer], default_mtime_ns: int) -> Inode:
     """Apply the layers from the lowest up and return the root folder.
 
-    Folders that no entry describes get mode 0755, owner root and `default_mtime_ns`. Raises
-    TreeError, naming layer and path, for an entry that cannot be applied.
+    Folders that no entry describes get mode 0755, owner root and `default_mtime_ns`, the root the
+    mtime 0, as umoci gives it. Raises TreeError, naming layer and path, for an entry that cannot be
+    applied.
     """
     merger = _Merger(default_mtime_ns)
     for source, layer in enumerate(layers):
@@ -81,7 +81,7 @@ class _Merger:
         # Parents already found, by path as written. Only removing or replacing something that was
         # there can change where a path leads, since all its components exist by then.
         self._found: dict[bytes, tuple[Inode, bytes]] = {}
-        self.root = self._implicit(b"")
+        self.root = Inode(Entry(b"", Kind.DIRECTORY, _DIRECTORY_MODE), 0)
 
     def apply(self, layer: Layer, source: int) -> None:
         self._layer, self._source = layer, source
@@ -103,7 +103,7 @@ class _Merger:
         if not entry.path:
             self.root.entry = entry
             return
-        head, name = posixpath.split(entry.path)
+        head, _, name = entry.path.rpartition(b"/")
         parent, where = self._parent(head)
         assert parent.children is not None
         old = parent.children.get(name)
@@ -128,7 +128,7 @@ class _Merger:
             parent.children[name] = Inode(entry, self._source)
 
     def _link_target(self, entry: Entry) -> Inode:
-        head, name = posixpath.split(entry.link)
+        head, _, name = entry.link.rpartition(b"/")
         found = self._find(head)
         target = found[0].children.get(name) if found and found[0].children else None
         if target is None:
@@ -138,7 +138,7 @@ class _Merger:
         return target
 
     def _ensure_directory(self, entry: Entry) -> None:
-        head, name = posixpath.split(entry.path)
+        head, _, name = entry.path.rpartition(b"/")
         if not name:
             return
         parent, _ = self._parent(head)
@@ -153,7 +153,7 @@ class _Merger:
             raise self._error(entry.path, "is not a folder in the image, and a folder is mapped over it")
 
     def _whiteout(self, entry: Entry) -> None:
-        head, name = posixpath.split(entry.path)
+        head, _, name = entry.path.rpartition(b"/")
         found = self._find(head)
         if found is not None:
             self._hide(found[0], name, found[1] + b"/" + name)

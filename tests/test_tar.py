@@ -49,7 +49,7 @@ def header(
     mtime: bytes = b"00000000000\0",
     link: bytes = b"",
     magic: bytes = b"ustar\x0000",
-    devices: bytes = b"0000000\x000000000\0",
+    devices: bytes = b"0000000\0" * 2,
     tail: bytes = b"",
     signed: bool = False,
 ) -> bytes:
@@ -159,12 +159,12 @@ def test_data_that_is_not_read_is_skipped() -> None:
 
 
 def test_v7() -> None:
-    plain = {"magic": bytes(8), "devices": bytes(16)}
+    magic = devices = bytes(8)
     found = read(
-        header(b"folder/", b"\0", **plain)
-        + header(b"folder/file", b"\0", size=3, **plain)
+        header(b"folder/", b"\0", magic=magic, devices=devices)
+        + header(b"folder/file", b"\0", size=3, magic=magic, devices=devices)
         + padded(b"abc")
-        + header(b"n" * 100, b"0", **plain)
+        + header(b"n" * 100, b"0", magic=magic, devices=devices)
         + END
     )
     assert [(member.path, member.kind, data) for member, data in found] == [
@@ -231,9 +231,8 @@ def test_numbers(field: bytes, value: int | None) -> None:
 
 def test_negative_times_in_base_256() -> None:
     assert only(header(mtime=(-5).to_bytes(12, "big", signed=True)) + END).mtime_ns == -5 * 10**9
-    assert only(header(mtime=b"\xc0" + bytes(11).replace(b"\0", b"\xff")) + END).mtime_ns if False else True
     refused(header(mtime=b"\xc0" + bytes(11)) + END, "does not fit 64 bits")
-    refused(header(mtime=b"\x80" + b"\x7f".rjust(11, b"\0") * 0 + (1 << 62).to_bytes(11, "big")) + END, "does not fit")
+    refused(header(mtime=b"\x80" + (1 << 62).to_bytes(11, "big")) + END, "does not fit nanoseconds")
 
 
 def test_negative_and_huge_sizes_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -131,3 +132,9 @@ def processes_about(path: Path) -> list[str]:
             if os.fsencode(path) in line:
                 found.append(line.replace(b"\0", b" ").decode(errors="replace"))
     return found
+
+
+def sha256_of(path: Path) -> str:
+    """Return 'sha256:…' of a file's content, without any help from what is tested."""
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 import click
 
-from fledge_tasks.cli.report import ImageReport, Report
+from fledge_tasks.cli.report import ImageReport, Report, Summary
 from fledge_tasks.reporter import TaskResult
 
 if TYPE_CHECKING:
@@ -131,16 +131,21 @@ def human(count: int) -> str:
 
 def show_report(report: Report) -> None:
     """Print the closing table: a row for each image."""
+    summary = report.summary
+    if sys.stdout.isatty():
+        _show_table(summary)
+    else:
+        for image in summary.images:
+            click.echo(f"{image.name}: {_outcome(image)}, {_stages(image)}")
+    count = len(summary.images)
+    click.echo(f"{count} image{'' if count == 1 else 's'} in {summary.seconds:.2f} s")
+
+
+def _show_table(summary: Summary) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    summary = report.summary
-    if not sys.stdout.isatty():
-        for image in summary.images:
-            click.echo(f"{image.name}: {_outcome(image)}, {_stages(image)}")
-        click.echo(f"{len(summary.images)} images in {summary.seconds:.2f} s")
-        return
     table = Table(box=box.SIMPLE_HEAD)
     for title in ("image", "built", "reused", "size", "time", "file"):
         table.add_column(title, justify="left" if title in {"image", "file"} else "right", overflow="fold")
@@ -155,7 +160,6 @@ def show_report(report: Report) -> None:
             image.image if image.sha256 else "failed",
         )
     Console().print(table)
-    click.echo(f"{len(summary.images)} images in {summary.seconds:.2f} s")
 
 
 def _outcome(image: ImageReport) -> str:

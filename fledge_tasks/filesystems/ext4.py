@@ -136,10 +136,11 @@ def _prepare(items: list[_Item], hash_seed: bytes) -> int:
         elif entry.kind is Kind.SYMLINK:
             needed += len(entry.link) >= _FAST_SYMLINK_BYTES
         elif entry.kind is Kind.FILE:
-            runs = file_runs(entry)
-            needed += sum(run.count for run in runs)
-            # A bound: a run is also split where the filesystem's own blocks lie in its way.
-            needed += ext4_inode.tree_blocks(sum(2 + run.count // 16_384 for run in runs))
+            most = 0
+            for run in file_runs(entry):
+                needed += run.count
+                most += 2 + run.count // 16_384  # it is also split where the filesystem's own blocks lie
+            needed += ext4_inode.tree_blocks(most)
         if entry.xattrs:
             needed += _xattr_bytes(entry.xattrs) > _XATTR_INODE_BYTES
     return needed

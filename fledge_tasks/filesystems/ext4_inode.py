@@ -94,6 +94,11 @@ def extent_field(extents: Sequence[Extent], allocate: Callable[[], int]) -> tupl
     `allocate` gives a block for each node; it is called `tree_blocks(len(extents))` times. The
     nodes' checksums are left open.
     """
+    if len(extents) <= _ROOT_ENTRIES:  # nearly all files
+        leaves = [
+            _LEAF.pack(logical, count, physical >> 32, physical & 0xFFFFFFFF) for logical, physical, count in extents
+        ]
+        return (_HEADER.pack(_MAGIC, len(leaves), _ROOT_ENTRIES, 0, 0) + b"".join(leaves)).ljust(60, b"\0"), []
     records = [
         (logical, _LEAF.pack(logical, count, physical >> 32, physical & 0xFFFFFFFF))
         for logical, physical, count in extents

@@ -22,7 +22,11 @@ _open_gzip: Callable[[Path], BinaryIO] = igzip.open
 
 @dataclass(frozen=True)
 class Reference:
-    """An unpacked image. `unstamped` are the folders, relative, that no layer has an entry for."""
+    """An unpacked image. `unstamped` are the folders, relative, whose mtime umoci makes up.
+
+    Those are the ones that no layer has an entry for, and the ones that umoci made such folders in: it puts back the
+    times of the folder that it adds a member to, not of one in which it had to add that member's missing parents.
+    """
 
     root: Path
     layers: tuple[str, ...]
@@ -43,7 +47,8 @@ def unpack_reference(source: str, folder: Path, home: Path) -> Reference:
     stamped = {path for digest in layers for path in _folders(_blob(layout, digest))}
     found = {os.fsencode(os.path.relpath(path, root)) for path, _, _ in os.walk(root)}
     present = {b"" if path == b"." else path for path in found}
-    return Reference(root, tuple(layers), frozenset(present - stamped))
+    made_up = present - stamped
+    return Reference(root, tuple(layers), frozenset(made_up | {os.path.dirname(path) for path in made_up}))
 
 
 def _blob(layout: Path, digest: str) -> Path:

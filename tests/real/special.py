@@ -65,7 +65,6 @@ def write_odd(folder: Path) -> None:
         Member("ping", content=b"p" * 10, mode=0o755, pax={"SCHILY.xattr.security.capability": _capability()}),
         Member("attributes", content=b"a", pax={
             "SCHILY.xattr.user.short": "value",
-            "SCHILY.xattr.user.empty": "",
             "SCHILY.xattr.user.binary": _text(bytes(range(256))),
             "SCHILY.xattr.user.long": "L" * 1500,
             "SCHILY.xattr.trusted.overlay": "y",

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from fledge_tasks.digest import hash_file
 from tests.real.compare import compare_trees
 from tests.real.conftest import SCIENCE_BUFFER_MB, WEB_BUFFER_MB, Built
 from tests.real.images import Images
@@ -18,7 +17,7 @@ from tests.real.reference import Reference, fsck, mounted
 from tests.real.registry import Registry
 from tests.real.special import MANY_FILES
 from tests.tools import need
-from tests.workspaces import Workspace
+from tests.workspaces import Workspace, sha256_of
 
 MIB = 1 << 20
 CUSTOMIZATION = ("lost+found", "etc/fsify-entrypoint", "srv/page.html")
@@ -59,6 +58,7 @@ def test_odd_members_equal_the_unpacked_image(workspace: Workspace, images: Imag
     with mounted(image) as root:
         assert compare_trees(expected.root, root, added=CUSTOMIZATION, unstamped=expected.unstamped) == []
         assert free_bytes(root) <= MIB
+        assert root.stat().st_mtime == 1_500_000_000
         assert (root / "sparse").stat().st_blocks * 512 < 1 * MIB
 
 
@@ -78,7 +78,7 @@ def test_the_manifest_names_the_image_as_it_is(web: Built) -> None:
     report = web.result.image("web")
     manifest = json.loads(Path(report["manifest"]).read_bytes())
     assert Path(report["image"]) == web.workspace.output("web")
-    assert report["sha256"] == hash_file(web.workspace.output("web"))
+    assert report["sha256"] == sha256_of(web.workspace.output("web"))
     assert report["bytes"] == web.workspace.output("web").stat().st_size
     assert manifest["rootfs"] == {"url": report["image"], "checksum": report["sha256"], "format": "raw"}
     assert manifest["workload"]["entrypoint"] == ["/usr/sbin/nginx", "-g", "daemon off;"]
@@ -91,22 +91,19 @@ def test_an_unprivileged_user_makes_the_same_bytes(
     name: str, workspace: Workspace, folder: Path, images: Images, registry: Registry
 ) -> None:
     need("setpriv")
-    source = f"docker://{images.reference(name)}"
-    theirs = Workspace(folder / "theirs", folder / "home", folder / "their-cache", prefix=as_nobody(registry))
-    sums = []
+    source, home = f"docker://{images.reference(name)}", folder / "home"
+    theirs = Workspace(folder / "theirs", home, prefix=as_nobody(), env={"XDG_RUNTIME_DIR": str(home / "run")})
     for place in (workspace, theirs):
         (place.add(name, source, mappings={"a": "/srv/a"}) / "a").write_text("a")
-    shutil.copytree(registry.home, theirs.home)
-    theirs.cache.mkdir() if theirs.cache else None
-    for path in [theirs.root, theirs.home, theirs.cache, *theirs.root.rglob("*"), *theirs.home.rglob("*")]:
-        assert path is not None
+    shutil.copytree(registry.home, home)
+    (home / "run").mkdir()
+    for path in [theirs.root, home, *theirs.root.rglob("*"), *home.rglob("*")]:
         os.chown(path, 65534, 65534)
-    for place in (workspace, theirs):
-        sums.append(place.build().image(name)["sha256"])
+    sums = [place.build().image(name)["sha256"] for place in (workspace, theirs)]
     assert theirs.output(name).stat().st_uid == 65534
-    assert sums[0] == sums[1] == hash_file(theirs.output(name))
+    assert sums[0] == sums[1] == sha256_of(theirs.output(name))
 
 
-def as_nobody(_: Registry) -> list[str]:
+def as_nobody() -> list[str]:
     """Return the prefix of a command that runs as nobody, without a single capability."""
     return ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--bounding-set=-all"]
