@@ -25,10 +25,10 @@ import msgspec
 
 from fledge_tasks.digest import Digest
 from fledge_tasks.errors import AgentError
-from fledge_tasks.oci.layer_index import Entry, Kind
+from fledge_tasks.mappings import MappedFile
 
-AGENT_PATH = b"bin/kestrel"
-CONFIG_PATH = b"etc/fsify-entrypoint"
+AGENT_PATH = "/bin/kestrel"
+CONFIG_PATH = "/etc/fsify-entrypoint"
 ASSET = "kestrel"
 DEFAULT_BASE_URL = "https://github.com/volantvm/volant/releases/download"
 
@@ -97,14 +97,14 @@ def local_agent(spec: AgentSpec, folder: Path, digest_of: Callable[[Path], str])
         raise AgentError(f"cannot be read: {reason}", where=f"agent.path: {path}") from None
 
 
-def entry(size: int, block: int, epoch_ns: int) -> Entry:
-    """Return the layer entry of an agent of `size` bytes whose data starts at payload block `block`."""
-    return Entry(AGENT_PATH, Kind.FILE, 0o755, mtime_ns=epoch_ns, size=size, block=block)
+def program(digest: str, size: int) -> MappedFile:
+    """Return where and how an agent lands in the image."""
+    return MappedFile(AGENT_PATH, "file", 0o755, digest, size)
 
 
-def config_entry(size: int, block: int, epoch_ns: int) -> Entry:
-    """Return the layer entry of the image's OCI config, stored as the bytes that its digest names."""
-    return Entry(CONFIG_PATH, Kind.FILE, 0o644, mtime_ns=epoch_ns, size=size, block=block)
+def config_file(digest: str, size: int) -> MappedFile:
+    """Return where the image's OCI config lands in it, as the bytes that its digest names."""
+    return MappedFile(CONFIG_PATH, "file", 0o644, digest, size)
 
 
 def download(

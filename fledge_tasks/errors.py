@@ -9,6 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 
+def _hint(hint: str | None) -> str:
+    return "\n  hint: " + hint.replace("\n", "\n  ") if hint else ""
+
+
 class FledgeError(Exception):
     """Base of every error that this package raises on purpose.
 
@@ -26,7 +30,7 @@ class FledgeError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.message}" if self.where else self.message
-        return f"{text}\n  hint: {self.hint}" if self.hint else text
+        return text + _hint(self.hint)
 
 
 class InputError(FledgeError):
@@ -47,7 +51,7 @@ class Problem:
     def __str__(self) -> str:
         place = f"{self.file}: {self.key}" if self.key else self.file
         text = f"{place}: {self.message}"
-        return f"{text}\n  hint: {self.hint}" if self.hint else text
+        return text + _hint(self.hint)
 
 
 class ConfigError(InputError):

@@ -162,7 +162,7 @@ def can_reflink(folder: Path) -> bool:
     """Try whether files in `folder` can share blocks (ioctl_ficlonerange(2))."""
     names = [folder / f"{TEMP_PREFIX}reflink.{secrets.token_hex(6)}" for _ in range(2)]
     try:
-        with names[0].open("wb") as source:
+        with names[0].open("w+b") as source:
             source.write(bytes(65536))
             source.flush()
             with names[1].open("wb") as target:

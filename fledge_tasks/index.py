@@ -24,10 +24,10 @@ from typing import Any
 
 import diskcache
 
-from fledge_tasks.digest import Digest, sha256_file
+from fledge_tasks.digest import Digest, is_digest, sha256_file
 
 _RACY_SECONDS = 2.0
-_FAILURES = (sqlite3.Error, diskcache.Timeout, OSError, ValueError, TypeError)
+_FAILURES = (sqlite3.Error, diskcache.Timeout, OSError, ValueError, TypeError, RecursionError)
 
 
 class _JsonDisk(diskcache.Disk):  # type: ignore[misc]
@@ -86,16 +86,16 @@ class Index:
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Make the writes of the block one transaction, which is several times as fast."""
-        cache = None
+        transaction = contextlib.ExitStack()
         with contextlib.suppress(*_FAILURES):
             cache = self._open()
-        if cache is None:
+            if cache is not None:
+                transaction.enter_context(cache.transact())
+        try:
             yield
-            return
-        with contextlib.ExitStack() as stack:
+        finally:
             with contextlib.suppress(*_FAILURES):
-                stack.enter_context(cache.transact())
-            yield
+                transaction.close()  # what was set is as true after an error; a full disk shows here
 
     def close(self) -> None:
         """Write everything into the one database file, so that the folder can be copied."""
@@ -153,8 +153,8 @@ class FileDigests:
         status = path.stat()
         name = f"file:{path.absolute()}"
         known = self._index.get(name)
-        if isinstance(known, list) and known[:4] == signature(status) and isinstance(known[4], str):
-            return Digest(known[4])
+        if isinstance(known, list) and known[:-1] == signature(status) and is_digest(str(known[-1])):
+            return Digest(known[-1])
         digest = sha256_file(path)
         if now - max(status.st_mtime_ns, status.st_ctime_ns) > _RACY_SECONDS * 1e9 and path.stat() == status:
             self._index.set(name, [*signature(status), digest])

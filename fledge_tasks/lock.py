@@ -15,12 +15,13 @@ Version history: 1 first version.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
 from fledge_tasks import fsutil
+from fledge_tasks.digest import is_digest
 from fledge_tasks.errors import LockError
 from fledge_tasks.index import signature
 from fledge_tasks.oci.manifest import Image
@@ -77,6 +78,9 @@ class LockFile:
                     where=str(self.path),
                     hint="it was written by another fledge-tasks: update it, or delete the file and run `fledge lock`",
                 )
+            if wrong := next((text for text in _digests(content) if not is_digest(text)), None):
+                message = f"cannot be read: found {wrong!r}, expected 'sha256:' and 64 lower-case hexadecimal digits"
+                raise LockError(message, where=str(self.path), hint=_HINT)
             self._seen, self._content = seen, content
         return self._content
 
@@ -100,3 +104,13 @@ class LockFile:
         if content != self._content:
             data = msgspec.json.format(msgspec.json.encode(content, order="sorted"), indent=2)
             fsutil.write_atomic(self.path, data + b"\n")
+
+
+def _digests(content: Content) -> Iterator[str]:
+    """Yield all digests: they become parts of file names, so nothing else may stand there."""
+    for locked in content.images.values():
+        yield from (locked.image.manifest, locked.image.config)
+        for layer in locked.image.layers:
+            yield from (layer.diff_id, layer.blob)
+    for agent in content.agents.values():
+        yield agent.digest

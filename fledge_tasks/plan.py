@@ -101,6 +101,7 @@ class Planner:
         self.digest_of = FileDigests(store.index)
         self._plans: dict[str, tuple[LockedImage, LockedAgent | None, ImagePlan]] = {}
         self._identities: dict[str, str | FledgeError | None] = {}
+        self._expanded: dict[str, tuple[list[MappedFile], dict[str, Path]]] = {}
 
     def reference(self, image: ImageConfig) -> Reference:
         """Return the parsed reference. Raises InputError that names file and key."""
@@ -196,11 +197,7 @@ class Planner:
             try:
                 self.reference(image)
                 self._mapped(image)
-                if image.filesystem.type != "ext4":
-                    raise FilesystemError(
-                        f"{image.filesystem.type} images cannot be made by this version, ext4 ones can",
-                        where=f"{image.file}: filesystem.type",
-                    )
+                _check_type(image)
                 if self.locked and (reason := self.unresolved(image)):
                     missing.append(f"{image.name}: {reason}")
             except FledgeError as error:
@@ -216,10 +213,14 @@ class Planner:
             )
 
     def _mapped(self, image: ImageConfig) -> tuple[list[MappedFile], dict[str, Path]]:
-        pairs = [(mapping.source, mapping.destination) for mapping in image.mappings]
-        return expand(pairs, image.folder, self.digest_of)
+        """Return what the mappings bring; once, so that one build sees one state of the files."""
+        if image.name not in self._expanded:
+            pairs = [(mapping.source, mapping.destination) for mapping in image.mappings]
+            self._expanded[image.name] = expand(pairs, image.folder, self.digest_of)
+        return self._expanded[image.name]
 
     def _make(self, image: ImageConfig, entry: LockedImage, pinned: LockedAgent | None) -> ImagePlan:
+        _check_type(image)
         mapped, sources = self._mapped(image)
         agent_path: Path | None = None
         agent_key: Agent | None = None
@@ -267,6 +268,14 @@ class Planner:
             assemble=Assemble(filesystem=mkfs.key(), preallocate=image.filesystem.preallocate),
             output=self.workspace.output(image),
             manifest_output=self.workspace.manifest_output(image),
+        )
+
+
+def _check_type(image: ImageConfig) -> None:
+    if image.filesystem.type != "ext4":
+        raise FilesystemError(
+            f"{image.filesystem.type} images cannot be made by this version, ext4 ones can",
+            where=f"{image.file}: filesystem.type",
         )
 
 

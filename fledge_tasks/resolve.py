@@ -14,7 +14,7 @@ import re
 
 from fledge_tasks import agent
 from fledge_tasks.config import ImageConfig
-from fledge_tasks.digest import sha256_bytes, short
+from fledge_tasks.digest import Digest, sha256_bytes, short
 from fledge_tasks.errors import AgentError, OfflineError, SourceError
 from fledge_tasks.keys import Agent, Config
 from fledge_tasks.lock import LockedAgent, LockedImage
@@ -45,19 +45,19 @@ def resolve(planner: Planner, image: ImageConfig, *, update: bool = False) -> Va
     """
     store = planner.store
     name, agent_name = planner.lock_name(image), planner.agent_name(image)
-    with store.building(sha256_bytes(f"resolve {planner.workspace.lock} {name} {agent_name}".encode())):
+    key = sha256_bytes(f"resolve {planner.workspace.lock} {name} {agent_name}".encode())
+    with store.building(key):
         is_stale = planner.unresolved(image) is not None
         if not update and not is_stale and is_resolved(planner, image):
             return HIT
         content = planner.lock.read()
         pinned = content.images.get(name)
         is_pinned = pinned is not None and pinned.image.origin == "docker"
-        locked, moved = _resolve_image(planner, image, pinned if is_pinned and not update else None)
+        locked, moved = _resolve_image(planner, image, key, pinned if is_pinned and not update else None)
         agents: dict[str, LockedAgent] = {}
         if agent_name is not None:
-            agents[agent_name], count = _resolve_agent(
-                planner, image, None if update else content.agents.get(agent_name)
-            )
+            known = None if update else content.agents.get(agent_name)
+            agents[agent_name], count = _resolve_agent(planner, image, key, known)
             moved += count
         with store.building(sha256_bytes(f"lock file {planner.workspace.lock}".encode())):
             planner.lock.update({name: locked}, agents)
@@ -65,11 +65,13 @@ def resolve(planner: Planner, image: ImageConfig, *, update: bool = False) -> Va
     return {"bytes": moved}
 
 
-def _resolve_image(planner: Planner, image: ImageConfig, pinned: LockedImage | None) -> tuple[LockedImage, int]:
+def _resolve_image(
+    planner: Planner, image: ImageConfig, key: Digest, pinned: LockedImage | None
+) -> tuple[LockedImage, int]:
     reference = planner.reference(image)
     if pinned is not None:
         reference = dataclasses.replace(reference, transport="docker", digest=pinned.image.manifest)
-    with planner.store.staging(sha256_bytes(f"resolve {planner.lock_name(image)}".encode())) as scratch:
+    with planner.store.staging(key) as scratch:
         resolution = source.resolve(
             reference,
             folder=image.folder,
@@ -108,7 +110,9 @@ def _keep_config(store: Store, config: bytes) -> int:
             return store.publish(record.text(), record.stage(), folder).size
 
 
-def _resolve_agent(planner: Planner, image: ImageConfig, pinned: LockedAgent | None) -> tuple[LockedAgent, int]:
+def _resolve_agent(
+    planner: Planner, image: ImageConfig, key: Digest, pinned: LockedAgent | None
+) -> tuple[LockedAgent, int]:
     spec = planner.agent_spec(image)
     assert spec is not None
     checksum = spec.checksum or (pinned.digest if pinned else None)
@@ -119,7 +123,7 @@ def _resolve_agent(planner: Planner, image: ImageConfig, pinned: LockedAgent | N
     assert url is not None
     if planner.offline:
         raise OfflineError(f"the agent would have to be downloaded from {url}", where=f"{image.file}: agent")
-    with store.staging(sha256_bytes(f"agent {url}".encode())) as folder:
+    with store.staging(key) as folder:
         progress = meter()
         try:
             digest = agent.download(url, folder / DATA, checksum=checksum, advance=progress.add)

@@ -21,8 +21,8 @@ from typing import Any
 
 from fledge_tasks import agent, fsutil, manifest, mappings, output
 from fledge_tasks.assemble import assemble as assemble_image
-from fledge_tasks.digest import sha256_bytes, sha256_file, short
-from fledge_tasks.errors import AgentError, StoreError
+from fledge_tasks.digest import sha256_bytes, short
+from fledge_tasks.errors import StoreError
 from fledge_tasks.filesystems import ext4, ext4_size, skeleton
 from fledge_tasks.keys import Stage
 from fledge_tasks.oci import source
@@ -213,13 +213,15 @@ def _customize(store: Store, plan: ImagePlan) -> Entry:
         with store.staging(key) as folder:
             with (folder / PAYLOAD).open("wb", buffering=0) as payload, (folder / INDEX).open("wb") as index:
                 writer, entries = PayloadWriter(payload.fileno()), IndexWriter(index)
-                size, block = _append(writer, config.file(DATA), None)
-                entries.add(agent.config_entry(size, block, epoch_ns))
+                # Each file is checked against its digest while it is copied.
+                own, sources = [agent.config_file(plan.config.digest, _size(config.file(DATA)))], {}
+                sources[agent.CONFIG_PATH] = config.file(DATA)
                 if plan.customize.agent is not None:
-                    size, block = _append(writer, _agent_file(store, plan), plan.customize.agent)
-                    entries.add(agent.entry(size, block, epoch_ns))
-                for each in mappings.entries(plan.customize.mapped, plan.sources, writer, epoch_ns):
-                    entries.add(each)
+                    sources[agent.AGENT_PATH] = path = _agent_file(store, plan)
+                    own.append(agent.program(plan.customize.agent, _size(path)))
+                for files, paths in ((own, sources), (plan.customize.mapped, plan.sources)):
+                    for each in mappings.entries(files, paths, writer, epoch_ns):
+                        entries.add(each)
                 _, checksum = writer.close()
                 entries.close()
             return _publish(store, plan.customize, folder, known={PAYLOAD: checksum})
@@ -234,14 +236,8 @@ def _agent_file(store: Store, plan: ImagePlan) -> Path:
     return entry.file(DATA)
 
 
-def _append(writer: PayloadWriter, path: Path, digest: str | None) -> tuple[int, int]:
-    """Append a file and return its size and first block; a `digest` must still be that of the file."""
-    size = path.stat().st_size
-    with path.open("rb", buffering=0) as file:
-        block = writer.add_file(file.fileno(), size)
-    if digest is not None and sha256_file(path) != digest:
-        raise AgentError("changed while it was being built; run again", where=str(path))
-    return size, block
+def _size(path: Path) -> int:
+    return path.stat().st_size
 
 
 # --- assemble --------------------------------------------------------------------------------

@@ -91,14 +91,12 @@ class Store:
         """Return the entry of a key if it is there and valid. Never raises for a bad entry."""
         folder = self._folder(key)
         try:
-            data = (folder / _RECORD).read_bytes()
+            seen = folder.stat().st_ino
         except OSError:
-            if folder.exists():
-                self._set_aside(key)
             return None
         try:
-            record = msgspec.json.decode(data, type=_Record)
-        except msgspec.MsgspecError:
+            record = msgspec.json.decode((folder / _RECORD).read_bytes(), type=_Record)
+        except (OSError, msgspec.MsgspecError):
             record = None
         if (
             record is None
@@ -106,7 +104,7 @@ class Store:
             or sha256_bytes(record.key_text.encode()) != key
             or not all(self._is_whole(key, folder / name, *facts) for name, facts in record.files.items())
         ):
-            self._set_aside(key)
+            self._set_aside(key, seen)
             return None
         size = sum(size for size, _ in record.files.values())
         return Entry(key, folder, record.stage, record.key_text, record.info, size)
@@ -142,6 +140,7 @@ class Store:
             yield False
             return
         try:
+            fsutil.remove_stale_below(self.root / "tmp", _hex(key))
             yield True
         finally:
             lock.release()
@@ -224,9 +223,12 @@ class Store:
         # Trusted at once, unlike other people's files: nobody writes to an entry after its rename.
         self.index.set(_memo_name(key, path), [*signature(path.stat()), checksum])
 
-    def _set_aside(self, key: Digest) -> None:
+    def _set_aside(self, key: Digest, seen: int) -> None:
+        folder = self._folder(key)
         with contextlib.suppress(OSError):
-            fsutil.set_aside(self._folder(key), self.root / "aside" / _hex(key))
+            # Somebody else may have found the damage first, and may have built the entry anew by now.
+            if folder.stat().st_ino == seen:
+                fsutil.set_aside(folder, self.root / "aside" / _hex(key))
 
 
 def _hex(key: Digest) -> str:

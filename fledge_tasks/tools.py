@@ -40,8 +40,8 @@ class Tool:
             )
         name, facts = f"tool:{path}", signature(path.stat())
         known = index.get(name) if index else None
-        if isinstance(known, list) and known[:4] == facts:
-            return str(known[4])
+        if isinstance(known, list) and known[:-1] == facts:
+            return str(known[-1])
         try:
             output = run(["sh", "-c", 'exec "$@" 2>&1', "sh", path, *self.arguments]).decode(errors="replace")
         except CommandError as error:

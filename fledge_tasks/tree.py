@@ -78,8 +78,8 @@ class _Merger:
         self._layer = Layer("", ())
         self._source = 0
         self._upper: set[bytes] | None = None
-        # Parents already found, by path as written. Only removing or replacing something that was
-        # there can change where a path leads, since all its components exist by then.
+        # Parents already found, by path as written. Removing a folder or symlink can change where a
+        # path leads, and so can a new symlink: 'x/..' in a link's target needs no 'x' to be there.
         self._found: dict[bytes, tuple[Inode, bytes]] = {}
         self.root = Inode(Entry(b"", Kind.DIRECTORY, _DIRECTORY_MODE), 0)
 
@@ -122,10 +122,10 @@ class _Merger:
             if old.children is not None or old.entry.kind is Kind.SYMLINK:
                 self._found.clear()
             del parent.children[name]
-        if entry.kind is Kind.HARDLINK:
-            parent.children[name] = self._link_target(entry)
-        else:
-            parent.children[name] = Inode(entry, self._source)
+        inode = self._link_target(entry) if entry.kind is Kind.HARDLINK else Inode(entry, self._source)
+        parent.children[name] = inode
+        if inode.entry.kind is Kind.SYMLINK:
+            self._found.clear()
 
     def _link_target(self, entry: Entry) -> Inode:
         head, _, name = entry.link.rpartition(b"/")

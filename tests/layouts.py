@@ -54,9 +54,7 @@ class Layout:
         shutil.rmtree(self.path, ignore_errors=True)
         (self.path / "blobs" / "sha256").mkdir(parents=True)
         self.diff_ids = tuple(diff_ids) or tuple(digest(tar) for tar in tars)
-        layers = [
-            self._put(compress(tar, compression), mediaType=_LAYER_TYPE + _SUFFIX[compression]) for tar in tars
-        ]
+        layers = [self._put(compress(tar, compression), mediaType=_LAYER_TYPE + _SUFFIX[compression]) for tar in tars]
         self.blobs = tuple(layer["digest"] for layer in layers)
         image = {
             "created": created,

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from fledge_tasks import agent
-from fledge_tasks.agent import AgentSpec, agent_url, config_entry, download, entry, local_agent, lock_name
+from fledge_tasks.agent import AgentSpec, agent_url, config_file, download, local_agent, lock_name, program
 from fledge_tasks.digest import sha256_bytes, sha256_file
 from fledge_tasks.errors import AgentError
-from fledge_tasks.oci.layer_index import Kind
+from fledge_tasks.mappings import MappedFile
 
 PROGRAM = b"\x7fELF" + bytes(range(256)) * 1200
 TAG = '"v1"'
@@ -335,9 +335,6 @@ def test_bad_local_agent(tmp_path: Path, path: str, message: str) -> None:
         local_agent(AgentSpec("local", path=path), tmp_path, sha256_file)
 
 
-def test_entries() -> None:
-    program, config = entry(5, 7, -3), config_entry(9, 2, 4)
-    assert (program.path, program.kind, program.mode) == (b"bin/kestrel", Kind.FILE, 0o755)
-    assert (program.size, program.block, program.mtime_ns) == (5, 7, -3)
-    assert (config.path, config.kind, config.mode) == (b"etc/fsify-entrypoint", Kind.FILE, 0o644)
-    assert (config.size, config.block, config.mtime_ns) == (9, 2, 4)
+def test_where_agent_and_config_land() -> None:
+    assert program("sha256:a", 5) == MappedFile("/bin/kestrel", "file", 0o755, "sha256:a", 5)
+    assert config_file("sha256:b", 9) == MappedFile("/etc/fsify-entrypoint", "file", 0o644, "sha256:b", 9)

@@ -18,7 +18,7 @@ from fledge_tasks.reporter import TaskResult
 Status = Literal["hit", "built", "not-needed", "failed"]
 
 
-class StageReport(msgspec.Struct):
+class StageReport(msgspec.Struct, omit_defaults=True):
     """One task of an image. `bytes` were moved or made, 0 for a hit. `error` only when it failed."""
 
     stage: str

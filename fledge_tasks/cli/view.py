@@ -136,7 +136,7 @@ def show_report(report: Report) -> None:
         _show_table(summary)
     else:
         for image in summary.images:
-            click.echo(f"{image.name}: {_outcome(image)}, {_stages(image)}")
+            click.echo(f"{image.name}: {_outcome(image)}, {_stages(image)}, {_seconds(image):.2f} s")
     count = len(summary.images)
     click.echo(f"{count} image{'' if count == 1 else 's'} in {summary.seconds:.2f} s")
 
@@ -150,13 +150,12 @@ def _show_table(summary: Summary) -> None:
     for title in ("image", "built", "reused", "size", "time", "file"):
         table.add_column(title, justify="left" if title in {"image", "file"} else "right", overflow="fold")
     for image in summary.images:
-        seconds = sum(stage.seconds for stage in image.stages)
         table.add_row(
             image.name,
             str(image.count("built")),
             str(image.count("hit") + image.count("not-needed")) if image.sha256 else "-",
             human(image.bytes) if image.sha256 else "-",
-            f"{seconds:.2f} s",
+            f"{_seconds(image):.2f} s",
             image.image if image.sha256 else "failed",
         )
     Console().print(table)
@@ -164,6 +163,10 @@ def _show_table(summary: Summary) -> None:
 
 def _outcome(image: ImageReport) -> str:
     return f"{image.image}, {human(image.bytes)}, {image.sha256}" if image.sha256 else "failed"
+
+
+def _seconds(image: ImageReport) -> float:
+    return sum(stage.seconds for stage in image.stages)
 
 
 def _stages(image: ImageReport) -> str:

@@ -27,9 +27,10 @@ _CONFIGURATION = "[defaults]\n\tblocksize = 4096\n[fs_types]\n\text4 = {\n\t}\n"
 _BLOCKS_PER_GROUP = 32_768
 _MAX_INODES_PER_GROUP = 32_768 - 256  # leaves room for rounding up
 _MIN_BLOCKS_PER_GROUP = 4_096
+_INODES_PER_BLOCK = 16
 _TOLERANCE_BLOCKS = 64
+_MIB_BLOCKS = 256
 _ATTEMPTS = 32
-_MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -70,33 +71,56 @@ def read_counts(image: Path) -> Counts:
 def create(image: Path, scratch: Path, parameters: Parameters, *, needed_blocks: int, inodes: int) -> int:
     """Make an empty filesystem that has `needed_blocks` and the buffer free; return its blocks.
 
-    At most 1 MiB more than that is free. `inodes` are those that will be used; at least 10,000, a
+    At most 256 KiB more than that is free. `inodes` are those that will be used; at least 10,000, a
     fifth of them and one per 16 KiB of the buffer stay free for the running guest. Raises
     FilesystemError when ext4 has no such size.
     """
     configuration = scratch / "mke2fs.conf"
     configuration.write_text(_CONFIGURATION)
-    buffer = -(-parameters.buffer_bytes // BLOCK_BYTES)
+    wanted = needed_blocks + -(-parameters.buffer_bytes // BLOCK_BYTES)
     total_inodes = inodes + max(MIN_FREE_INODES, inodes // 5, parameters.buffer_bytes // BYTES_PER_FREE_INODE)
-    blocks = needed_blocks + buffer
-    blocks += blocks // 64 + total_inodes // 16 + _journal_mib(blocks) * _MIB // BLOCK_BYTES
+    # What follows from the size by steps is settled first: then a block more is a block more free.
+    journal_mib = _journal_mib(wanted)
+    least = wanted + total_inodes // _INODES_PER_BLOCK + journal_mib * _MIB_BLOCKS
+    blocks_per_group = _blocks_per_group(least, total_inodes)
+    blocks = least + least // 64
+    low, high, spare = 0, MAX_BLOCKS, 0
+    leap = 2 * _MIB_BLOCKS
     for _ in range(_ATTEMPTS):
         if blocks >= MAX_BLOCKS:
             raise FilesystemError(f"the image would be {blocks * BLOCK_BYTES >> 40} TiB, the limit is 16 TiB")
-        _mke2fs(image, configuration, parameters, blocks, total_inodes)
+        _mke2fs(image, configuration, parameters, blocks, blocks_per_group, total_inodes, journal_mib)
         counts = read_counts(image)
         # Linux keeps 2 % (at most 4096 blocks) back from statfs (fs/ext4/super.c, ext4_set_resv_clusters).
-        wanted = needed_blocks + buffer + min(counts.blocks // 50, 4096)
-        if counts.blocks < blocks:
-            # mke2fs drops a last group that is too small to hold more than its own bitmaps.
-            blocks += _TOLERANCE_BLOCKS
-        elif not wanted <= counts.free_blocks <= wanted + _TOLERANCE_BLOCKS:
-            blocks += wanted - counts.free_blocks
-        else:
+        surplus = counts.free_blocks - wanted - min(counts.blocks // 50, 4096)
+        if 0 <= surplus <= _TOLERANCE_BLOCKS:
             return counts.blocks
-    if counts.free_blocks < wanted:
-        raise FilesystemError(f"no ext4 filesystem of about {blocks} blocks has {wanted} of them free")
-    return counts.blocks
+        if surplus < 0:
+            low = blocks
+        else:
+            high, spare = blocks, surplus
+        if high - low <= _MIB_BLOCKS:
+            # mke2fs drops a last group that holds little more than its own tables, and where it keeps
+            # one, the free blocks grow by those of the tables at once: the journal takes the excess.
+            journal_mib += spare // _MIB_BLOCKS + 1
+            blocks = high + _MIB_BLOCKS - spare % _MIB_BLOCKS
+            low, high = high, MAX_BLOCKS
+            continue
+        if counts.blocks < blocks and surplus < 0 and high == MAX_BLOCKS:
+            blocks, leap = blocks + leap, 2 * leap
+            continue
+        blocks += _TOLERANCE_BLOCKS // 4 - surplus
+        if not low < blocks < high:
+            blocks = (low + high) // 2
+    raise FilesystemError(f"no ext4 filesystem of about {blocks} blocks has {wanted} of them free: please report this")
+
+
+def _blocks_per_group(blocks: int, inodes: int) -> int:
+    """Return the size of groups: a tree of many empty files needs more than its blocks would make."""
+    size = _BLOCKS_PER_GROUP
+    while max(blocks // size, 1) * _MAX_INODES_PER_GROUP < inodes and size > _MIN_BLOCKS_PER_GROUP:
+        size //= 2
+    return size
 
 
 def _journal_mib(blocks: int) -> int:
@@ -107,11 +131,15 @@ def _journal_mib(blocks: int) -> int:
     return 64
 
 
-def _mke2fs(image: Path, configuration: Path, parameters: Parameters, blocks: int, inodes: int) -> None:
-    blocks_per_group = _BLOCKS_PER_GROUP
-    # A tree of many empty files needs more groups than its blocks would make.
-    while -(-blocks // blocks_per_group) * _MAX_INODES_PER_GROUP < inodes and blocks_per_group > _MIN_BLOCKS_PER_GROUP:
-        blocks_per_group //= 2
+def _mke2fs(
+    image: Path,
+    configuration: Path,
+    parameters: Parameters,
+    blocks: int,
+    blocks_per_group: int,
+    inodes: int,
+    journal_mib: int,
+) -> None:
     image.unlink(missing_ok=True)
     extended = {
         "hash_seed": str(uuid.UUID(bytes=parameters.hash_seed)),
@@ -128,7 +156,7 @@ def _mke2fs(image: Path, configuration: Path, parameters: Parameters, blocks: in
         "-N", str(inodes),
         "-g", str(blocks_per_group),
         "-G", "16",
-        "-J", f"size={_journal_mib(blocks)}",
+        "-J", f"size={journal_mib}",
         "-m", "0",
         "-e", "continue",
         "-o", "Linux",

@@ -27,6 +27,7 @@ MAX_EXTENSION_BYTES = 1 << 20
 MAX_SEGMENTS = 1 << 18
 
 _BLOCK = 512
+_FILE = Kind.FILE  # looking it up takes longer than all else in a line
 _ZERO_BLOCK = bytes(_BLOCK)
 _KINDS = {
     b"0": Kind.FILE,
@@ -193,27 +194,28 @@ class Archive:
             if block[156] == 0 and path.endswith(b"/"):  # how v7 tells folders
                 kind = Kind.DIRECTORY
             mode, uid, gid, size, mtime_ns = _numbers(block, records)
-            # Only files have data; a size elsewhere is what the link's target or the folder has.
-            if kind is not Kind.FILE:
-                size = 0
-            self._left = size
-            self._padding = -size % _BLOCK
             # Keys of vendors are in capitals, and rare (POSIX, pax, 'pax Extended Header').
             vendor = bool(records) and min(records) < b"a"
-            segments = None
-            if block[156] == 0x53:  # S
-                if magic != b"ustar  \0":
-                    raise LayerError("it is sparse as only GNU tar writes it, but not in the GNU format")
-                size = _number(block[483:495])
-                segments = _segments(self._old_gnu_map(block), size)
-            elif vendor:
-                path, size, segments = self._pax_sparse(records, path, size, kind)
-            if segments is not None and sum(length for _, length in segments) != self._left:
-                raise LayerError(f"its sparse map does not fit the {self._left} bytes of its data")
-            rdev = (0, 0)
-            if kind in (Kind.CHAR_DEVICE, Kind.BLOCK_DEVICE) and magic[:5] == b"ustar":
-                rdev = _number(block[329:337]), _number(block[337:345])
             xattrs = parse_xattrs(records) if vendor else {}
+            segments = None
+            rdev = (0, 0)
+            if kind is _FILE:
+                self._left = size
+                self._padding = -size % _BLOCK
+                if block[156] == 0x53:  # S
+                    if magic != b"ustar  \0":
+                        raise LayerError("it is sparse as only GNU tar writes it, but not in the GNU format")
+                    size = _number(block[483:495])
+                    segments = _segments(self._old_gnu_map(block), size)
+                elif vendor:
+                    path, size, segments = self._pax_sparse(records, path, size)
+                if segments is not None and sum(length for _, length in segments) != self._left:
+                    raise LayerError(f"its sparse map does not fit the {self._left} bytes of its data")
+            else:
+                # Only files have data; a size elsewhere is what the link's target or the folder has.
+                size = 0
+                if block[156] in b"34" and magic[:5] == b"ustar":
+                    rdev = _number(block[329:337]), _number(block[337:345])
             if b"\0" in path or b"\0" in link:
                 raise LayerError("a name holds a NUL byte")
         except LayerError as error:
@@ -238,15 +240,13 @@ class Archive:
                 raise _too_many_segments()
 
     def _pax_sparse(
-        self, records: dict[bytes, bytes], path: bytes, size: int, kind: Kind
+        self, records: dict[bytes, bytes], path: bytes, size: int
     ) -> tuple[bytes, int, list[tuple[int, int]] | None]:
         """Return path, size and segments of a member with GNU.sparse.* records."""
         version = records.get(b"GNU.sparse.major", b""), records.get(b"GNU.sparse.minor", b"")
         pairs = records.get(b"GNU.sparse.map", b"")
         if version == (b"", b"") and not pairs:
             return path, size, None
-        if kind is not Kind.FILE:
-            raise LayerError("it is sparse, but not a regular file")
         path = records.get(b"GNU.sparse.name") or path
         if text := records.get(b"GNU.sparse.size") or records.get(b"GNU.sparse.realsize"):
             size = parse_decimal(text)
@@ -302,6 +302,8 @@ def _numbers(block: bytes, records: dict[bytes, bytes]) -> tuple[int, int, int, 
     """Return mode, uid, gid, size and time in nanoseconds."""
     if plain := _NUMBERS.match(block, 100):
         mode, uid, gid, size, mtime = [int(field, 8) for field in plain.groups()]
+        if not records:  # all of them are small
+            return mode, uid, gid, size, mtime * 1_000_000_000
     else:
         mode = _number(block[100:108])
         uid = _number(block[108:116])
@@ -309,15 +311,14 @@ def _numbers(block: bytes, records: dict[bytes, bytes]) -> tuple[int, int, int, 
         size = _number(block[124:136])
         mtime = _number(block[136:148])
     mtime_ns = mtime * 1_000_000_000
-    if records:
-        if text := records.get(b"uid"):
-            uid = parse_decimal(text)
-        if text := records.get(b"gid"):
-            gid = parse_decimal(text)
-        if text := records.get(b"size"):
-            size = parse_decimal(text)
-        if text := records.get(b"mtime"):
-            mtime_ns = parse_time(text)
+    if text := records.get(b"uid"):
+        uid = parse_decimal(text)
+    if text := records.get(b"gid"):
+        gid = parse_decimal(text)
+    if text := records.get(b"size"):
+        size = parse_decimal(text)
+    if text := records.get(b"mtime"):
+        mtime_ns = parse_time(text)
     if not 0 <= uid <= _MAX_ID or not 0 <= gid <= _MAX_ID:
         raise LayerError(f"its owner {uid}:{gid} is not within 0 and {_MAX_ID}")
     if not 0 <= size <= _MAX_INT64:

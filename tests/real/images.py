@@ -7,6 +7,7 @@ unchanged one is found again by the next run.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 from filelock import FileLock
 
-from tests.real import special
+from tests.real import layout, special
 from tests.real.layout import write_layout
 from tests.real.registry import Registry
 
@@ -36,7 +37,7 @@ class Recipe:
     write: Callable[[Path], None] | None = None
 
 
-def write_debian(layout: Path) -> None:
+def write_debian(folder: Path) -> None:
     """Write a minimal Debian 12 as a layout of one layer."""
     with TemporaryDirectory() as scratch:
         tar = Path(scratch) / "debian.tar"
@@ -44,7 +45,7 @@ def write_debian(layout: Path) -> None:
             "mmdebstrap", "--quiet", "--variant=minbase", "--dpkgopt=force-unsafe-io",
             "--include=ca-certificates", "bookworm", tar,
         )  # fmt: skip
-        write_layout(layout, [tar], {"Cmd": ["bash"]})
+        write_layout(folder, [tar], {"Cmd": ["bash"]})
 
 
 RECIPES = {
@@ -86,7 +87,7 @@ class Images:
     def tag(self, name: str) -> str:
         """Return the tag of an image: a hash over its recipe and those below it."""
         recipe = RECIPES[name]
-        below = self.tag(recipe.base) if recipe.base else special.fingerprint() if recipe.write else ""
+        below = self.tag(recipe.base) if recipe.base else _code(recipe.write)
         return hashlib.sha256(f"{name}\0{recipe.text}\0{below}".encode()).hexdigest()[:16]
 
     def reference(self, name: str) -> str:
@@ -101,9 +102,9 @@ class Images:
         recipe = RECIPES[name]
         with TemporaryDirectory() as scratch:
             if recipe.write:
-                layout = Path(scratch) / "layout"
-                recipe.write(layout)
-                _run("skopeo", "copy", "--dest-tls-verify=false", f"oci:{layout}:latest", f"docker://{reference}")
+                written = Path(scratch) / "layout"
+                recipe.write(written)
+                _run("skopeo", "copy", "--dest-tls-verify=false", f"oci:{written}:latest", f"docker://{reference}")
                 return
             assert recipe.base is not None
             base = f"{self._registry.host}/{recipe.base}:{self.tag(recipe.base)}"
@@ -128,6 +129,14 @@ class Images:
                 if Path(place := line.split()[1]).is_relative_to(self._storage):
                     subprocess.run(["umount", place], check=True)
             shutil.rmtree(self._storage)
+
+
+def _code(write: Callable[[Path], None] | None) -> str:
+    """Return the source text that a written image comes from."""
+    if write is None:
+        return ""
+    maker = inspect.getmodule(write)
+    return inspect.getsource(write if write is write_debian else maker or write) + inspect.getsource(layout)
 
 
 def _run(*command: str | Path) -> None:

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import os
 import struct
 import subprocess
-import sys
 from pathlib import Path
 from tarfile import BLKTYPE, CHRTYPE, DIRTYPE, FIFOTYPE, LNKTYPE, SYMTYPE
 from tempfile import TemporaryDirectory
 
-from tests.real import layout as layout_module
 from tests.real.layout import Member, write_layout, write_tar
 
 MANY_FILES = 120_000
 
 _CAP_NET_RAW = 1 << 13
-
-
-def fingerprint() -> str:
-    """Return a hash of the code that makes these images."""
-    text = inspect.getsource(sys.modules[__name__]) + inspect.getsource(layout_module)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _text(value: bytes) -> str:
