@@ -22,7 +22,7 @@ from typing import Any
 from fledge_tasks import agent, fsutil, manifest, mappings, output
 from fledge_tasks.assemble import assemble as assemble_image
 from fledge_tasks.digest import sha256_bytes, short
-from fledge_tasks.errors import StoreError
+from fledge_tasks.errors import BlobError, StoreError
 from fledge_tasks.filesystems import ext4, ext4_size, skeleton
 from fledge_tasks.keys import Stage
 from fledge_tasks.oci import source
@@ -120,16 +120,20 @@ def unpack(planner: Planner, plan: ImagePlan, layer: Layer) -> Values:
             (folder / PAYLOAD).open("wb", buffering=0) as payload,
             (folder / INDEX).open("wb") as index,
         ):
-            unpacked = unpack_layer(
-                compressed,
-                diff_id=layer.ref.diff_id,
-                blob_digest=layer.ref.blob,
-                blob_size=layer.ref.size,
-                payload_fd=payload.fileno(),
-                index_file=index,
-                advance=progress.add,
-                where=f"{plan.image.name}: layer {short(layer.ref.diff_id)}",
-            )
+            try:
+                unpacked = unpack_layer(
+                    compressed,
+                    diff_id=layer.ref.diff_id,
+                    blob_digest=layer.ref.blob,
+                    blob_size=layer.ref.size,
+                    payload_fd=payload.fileno(),
+                    index_file=index,
+                    advance=progress.add,
+                    where=f"{plan.image.name}: layer {short(layer.ref.diff_id)}",
+                )
+            except BlobError:
+                store.discard(layer.blob.key())  # else the next build would meet it again
+                raise
             index.flush()
             info = {"entries": unpacked.entries, "tar_bytes": unpacked.tar_bytes}
             entry = _publish(store, layer.unpack, folder, info=info, known={PAYLOAD: unpacked.payload_xxh3})
@@ -211,8 +215,12 @@ def _customize(store: Store, plan: ImagePlan) -> Entry:
         if config is None:
             raise _gone("the OCI config")
         with store.staging(key) as folder:
-            with (folder / PAYLOAD).open("wb", buffering=0) as payload, (folder / INDEX).open("wb") as index:
-                writer, entries = PayloadWriter(payload.fileno()), IndexWriter(index)
+            with (
+                (folder / PAYLOAD).open("wb", buffering=0) as payload,
+                (folder / INDEX).open("wb") as index,
+                PayloadWriter(payload.fileno()) as writer,
+            ):
+                entries = IndexWriter(index)
                 # Each file is checked against its digest while it is copied.
                 own, sources = [agent.config_file(plan.config.digest, _size(config.file(DATA)))], {}
                 sources[agent.CONFIG_PATH] = config.file(DATA)

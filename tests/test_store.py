@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import multiprocessing
 import os
@@ -143,6 +142,11 @@ def other_text(folder: Path) -> None:
     (folder / "entry.json").write_text(json.dumps({**record, "key_text": TEXT.replace("1", "2")}))
 
 
+def a_folder(folder: Path) -> None:
+    (folder / "data").unlink()
+    (folder / "data").mkdir()
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "torn: the record is missing": lambda folder: (folder / "entry.json").unlink(),
     "the record is empty": lambda folder: (folder / "entry.json").write_bytes(b""),
@@ -151,7 +155,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "the record is of another version": reversion,
     "the record is of another key": other_text,
     "a file is missing": lambda folder: (folder / "data").unlink(),
-    "a file is a folder": lambda folder: (folder / "data").rename(folder / "gone") and (folder / "data").mkdir(),
+    "a file is a folder": a_folder,
     "a file is truncated": lambda folder: os.truncate(folder / "data", len(DATA) - 1),
     "a file is longer": lambda folder: replace(folder / "data", DATA + b"x"),
     "a file is another of the same size": lambda folder: replace(folder / "data", DATA[::-1]),
@@ -373,9 +377,10 @@ def test_a_disk_that_is_full_when_the_index_is_written(tiny_disk: Path) -> None:
 
 
 def test_a_disk_that_is_read_only(tiny_disk: Path) -> None:
-    entry = build(Store(tiny_disk))
-    subprocess.run(["mount", "-o", "remount,ro", tiny_disk], check=True)
     store = Store(tiny_disk)
+    entry = build(store)
+    store.index.close()
+    subprocess.run(["mount", "-o", "remount,ro", tiny_disk], check=True)
     assert store.find(KEY) == entry
     store.touch(entry)
     with (
@@ -388,6 +393,6 @@ def test_a_disk_that_is_read_only(tiny_disk: Path) -> None:
 
 def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "cache").write_bytes(b"")
-    with pytest.raises(StoreError, match=os.strerror(errno.EEXIST)), Store(tmp_path / "cache").building(KEY):
+    with pytest.raises(StoreError, match="Not a directory"), Store(tmp_path / "cache").building(KEY):
         pytest.fail("it was not locked")
     assert Store(tmp_path / "cache").find(KEY) is None

@@ -56,7 +56,6 @@ def unpack(
     wrong with it; LayerError when it is not an archive that can be used, or not the one of
     `diff_id`; OSError when reading or writing fails. What the files hold then is of no use.
     """
-    payload = PayloadWriter(payload_fd)
     index = IndexWriter(index_file)
     source = _HashedBlob(blob, blob_size)
     tar_hash = hashlib.sha256()
@@ -74,12 +73,13 @@ def unpack(
     failure: LayerError | None = None
     try:
         # Reading, the digest of the blob and decompressing take about as long as all the rest.
-        with _ReadAhead(open_stream(source)) as stream:
+        with PayloadWriter(payload_fd) as payload, _ReadAhead(open_stream(source)) as stream:
             chunks = tar(stream)
             for member in (archive := Archive(chunks)).members():
                 index.add(_entry(member, archive, payload))
             for _ in chunks:  # what follows the end of the archive belongs to the diff ID
                 pass
+            payload_bytes, payload_xxh3 = payload.close()
     except LayerError as error:
         failure = error
     while source.read(_DRAIN_BYTES):
@@ -96,7 +96,6 @@ def unpack(
         raise LayerError(f"the layer has the diff ID {found}, the image config says {diff_id}", where=where)
     advance(source.bytes_read - told)
     index.close()
-    payload_bytes, payload_xxh3 = payload.close()
     return Unpacked(index.entries, payload_bytes, payload_xxh3, tar_bytes)
 
 

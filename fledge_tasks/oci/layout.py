@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from fledge_tasks.digest import CHUNK_BYTES, Digest, sha256_file
+from fledge_tasks.digest import CHUNK_BYTES, sha256_file
 from fledge_tasks.errors import BlobError, ImageNotFoundError, SourceError
 from fledge_tasks.fsutil import RangeCopier
 from fledge_tasks.oci.manifest import (
@@ -183,19 +183,20 @@ def open_image(path: Path, form: str, where: str) -> Iterator[LocalImage]:
         yield LocalImage(FolderFiles(path), where, is_flat=form == "dir")
 
 
-def adopt(blob: Path, layer: LayerRef, into: Path, *, where: str) -> None:
+def adopt(blob: Path, layer: LayerRef, into: Path, *, where: str, digest: str | None = None) -> None:
     """Check a blob and put it at `into/<hex of layer.blob>`, replacing what is there.
 
-    The file is linked, or copied to another filesystem; `blob` stays. Raises BlobError when it is
-    not there or not the layer's; `into` then has no such file.
+    `digest` is that of the file if somebody has just computed it. The file is linked, or copied to
+    another filesystem; `blob` stays. Raises BlobError when it is not there or not the layer's;
+    `into` then has no such file.
     """
     target = into / layer.blob.removeprefix("sha256:")
     target.unlink(missing_ok=True)
     try:
-        size, digest = blob.stat().st_size, sha256_file(blob)
+        size, digest = blob.stat().st_size, digest or sha256_file(blob)
     except FileNotFoundError:
         raise wrong_blob(layer.blob, "nothing", f"{layer.size} bytes", where) from None
-    if (size, digest) != (layer.size, Digest(layer.blob)):
+    if (size, digest) != (layer.size, layer.blob):
         raise wrong_blob(layer.blob, f"{digest} of {size} bytes", f"{layer.size} bytes", where)
     try:
         os.link(blob, target)

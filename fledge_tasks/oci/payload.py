@@ -1,16 +1,17 @@
 """The payload file of a layer: the data of its regular files, one after the other, in whole blocks.
 
 Files are small and many, so their data is gathered in a large buffer: there is one system call for
-megabytes of payload, and none per file.
+megabytes of payload, and none per file. While one buffer fills, a thread hashes and writes the other.
 """
 
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import xxhash
 
-from fledge_tasks.fsutil import write_all
+from fledge_tasks.fsutil import start_writeback, write_all
 from fledge_tasks.oci.layer_index import BLOCK_BYTES
 
 _BUFFER_BYTES = 1 << 21
@@ -21,15 +22,24 @@ class PayloadWriter:
     """Appends to the payload file `fd`, which must be empty and stays open.
 
     Every method raises OSError when the file cannot be written. What the file holds is of use only
-    after `close`.
+    after `close`. When the block of a `with` ends, well or not, nothing is written any more; only
+    after that, or after `close`, may `fd` be closed.
     """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        self._buffer, self._other = (memoryview(bytearray(_BUFFER_BYTES)) for _ in range(2))
         self._fill = 0
         self._written_bytes = 0
         self._hash = xxhash.xxh3_128()
+        self._pool = ThreadPoolExecutor(1, "payload")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> PayloadWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
 
     @property
     def block(self) -> int:
@@ -89,11 +99,22 @@ class PayloadWriter:
         """
         self.pad()
         self._flush()
+        self._wait()
+        self._pool.shutdown()
         return self._written_bytes, self._hash.hexdigest()
 
     def _flush(self) -> None:
-        data = self._buffer[: self._fill]
-        self._hash.update(data)
-        write_all(self._fd, data)
+        self._wait()
+        self._writing = self._pool.submit(self._write, self._buffer[: self._fill], self._written_bytes)
+        self._buffer, self._other = self._other, self._buffer
         self._written_bytes += self._fill
         self._fill = 0
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        self._hash.update(data)
+        write_all(self._fd, data)
+        start_writeback(self._fd, offset, len(data))

@@ -182,12 +182,15 @@ def fetch(
             return
         kept = {layer.blob.removeprefix("sha256:") for layer in image.layers} - {layer.blob[7:] for layer in layers}
         with _watched(work, kept, total, advance):
-            if image.origin == "docker" and not any(layer.is_foreign for layer in layers):
+            is_hashed = image.origin == "docker" and not any(layer.is_foreign for layer in layers)
+            if is_hashed:
                 blobs = _copy_from_registry(reference, image, kept, work, where)
             else:
                 blobs = _export_again(reference, image, folder, work, where)
             for layer in layers:
-                adopt(blobs / layer.blob.removeprefix("sha256:"), layer, into, where=where)
+                # In a layout, skopeo names a blob by the digest that it computed on the way.
+                digest = layer.blob if is_hashed else None
+                adopt(blobs / layer.blob.removeprefix("sha256:"), layer, into, where=where, digest=digest)
 
 
 def _resolve_daemon_first(reference: Reference, platform: Platform, scratch: Path, offline: bool) -> Resolution:
