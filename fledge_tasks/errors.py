@@ -127,4 +127,4 @@ class FilesystemError(FledgeError):
 
 
 class StoreError(FledgeError):
-    """The content store cannot be used: no space, no permission."""
+    """The content store or the build folder cannot be used: no space, no permission."""

@@ -17,6 +17,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fledge_tasks.errors import StoreError
+
 TEMP_PREFIX = ".fledge-tmp-"
 _FICLONERANGE = 0x4020940D
 _FALLBACK = {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENOTTY, errno.EPERM, errno.ETXTBSY}
@@ -119,6 +121,20 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
     Promises nothing (sync_file_range(2), SYNC_FILE_RANGE_WRITE): errors are fsync's to tell.
     """
     _sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), 2)
+
+
+def explained(error: OSError, place: Path, *, elsewhere: str | None = None) -> StoreError:
+    """Return what an OSError means that came of writing at or below `place`.
+
+    `elsewhere` tells the user how to choose another folder.
+    """
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        there = next(folder for folder in (place, *place.parents) if folder.exists())
+        free = shutil.disk_usage(there).free >> 20
+        hint = f"make room, or {elsewhere} on a larger disk" if elsewhere else "make room"
+        return StoreError(f"no space left on the disk ({free} MiB free)", where=str(place), hint=hint)
+    hint = f"{elsewhere} that can be written to" if elsewhere else "see that it can be written to"
+    return StoreError(os.strerror(error.errno or 0), where=str(error.filename or place), hint=hint)
 
 
 def sync_file(path: Path) -> None:

@@ -151,11 +151,12 @@ class FileDigests:
         """Return the digest of a file's content. Raises OSError."""
         now = time.time_ns()
         status = path.stat()
-        name = f"file:{path.absolute()}"
+        name, facts = f"file:{path.absolute()}", signature(status)
         known = self._index.get(name)
-        if isinstance(known, list) and known[:-1] == signature(status) and is_digest(str(known[-1])):
+        if isinstance(known, list) and known[:-1] == facts and is_digest(str(known[-1])):
             return Digest(known[-1])
         digest = sha256_file(path)
-        if now - max(status.st_mtime_ns, status.st_ctime_ns) > _RACY_SECONDS * 1e9 and path.stat() == status:
-            self._index.set(name, [*signature(status), digest])
+        is_settled = now - max(status.st_mtime_ns, status.st_ctime_ns) > _RACY_SECONDS * 1e9
+        if is_settled and signature(path.stat()) == facts:
+            self._index.set(name, [*facts, digest])
         return digest

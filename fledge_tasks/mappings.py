@@ -15,14 +15,16 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
 from fledge_tasks.digest import CHUNK_BYTES
 from fledge_tasks.errors import MappingError, Problem
 from fledge_tasks.oci.layer_index import Entry, Kind
-from fledge_tasks.oci.payload import PayloadWriter
+
+if TYPE_CHECKING:
+    from fledge_tasks.oci.payload import PayloadWriter  # its libraries are not needed to plan
 
 KindName = Literal["file", "directory", "symlink"]
 

@@ -24,7 +24,7 @@ from fledge_tasks.index import FileDigests
 from fledge_tasks.keys import Agent, Assemble, Blob, Config, Content, Customize, Manifest, Mkfs, Unpack
 from fledge_tasks.lock import LockedAgent, LockedImage, LockFile
 from fledge_tasks.mappings import MappedFile, expand
-from fledge_tasks.oci import reference, source
+from fledge_tasks.oci import reference
 from fledge_tasks.oci.manifest import LayerRef
 from fledge_tasks.oci.reference import Reference
 from fledge_tasks.store import Store
@@ -151,6 +151,8 @@ class Planner:
         ref = self.reference(image)
         if entry.image.origin == "docker":
             return None  # pinned until `fledge lock --update`, wherever an untyped reference may be now
+        from fledge_tasks.oci import source  # takes its time to import, and pinned images do without
+
         name = self.lock_name(image)
         if name not in self._identities:
             try:
@@ -188,9 +190,11 @@ class Planner:
     def check(self, images: Iterable[ImageConfig]) -> None:
         """Find what makes a build of these images impossible before anything is started.
 
-        Raises InputError with all mistakes in references and mappings, LockError with all entries
-        that `locked` misses, FilesystemError for a type that cannot be made here.
+        Raises InputError with all mistakes in references and mappings, or for SOURCE_DATE_EPOCH,
+        LockError with all entries that `locked` misses, FilesystemError for a type that cannot be
+        made here.
         """
+        source_date_epoch()
         problems: list[FledgeError] = []
         missing: list[str] = []
         for image in images:

@@ -15,7 +15,9 @@ import re
 from fledge_tasks import agent
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.digest import Digest, sha256_bytes, short
+from fledge_tasks.download import download
 from fledge_tasks.errors import AgentError, OfflineError, SourceError
+from fledge_tasks.fresh import is_resolved, is_unpacked
 from fledge_tasks.keys import Agent, Config
 from fledge_tasks.lock import LockedAgent, LockedImage
 from fledge_tasks.oci import layout, source
@@ -27,20 +29,11 @@ from fledge_tasks.store import Store
 _CREATED = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:\d\d)")
 
 
-def is_resolved(planner: Planner, image: ImageConfig) -> bool:
-    """Tell whether lock file and store hold all that `resolve` brings."""
-    plan = planner.plan(image)
-    if plan is None:
-        return False
-    agent_is_here = plan.agent is None or planner.store.find(plan.agent.key()) is not None
-    return agent_is_here and planner.store.find(plan.config.key()) is not None
-
-
 def resolve(planner: Planner, image: ImageConfig, *, update: bool = False) -> Values:
     """Find out which image and agent are meant, pin them, and keep config and agent in the store.
 
     Layers that had to be exported for that go into the store, too. With `update`, what is pinned
-    is asked for anew. Raises what `source.resolve` and `agent.download` raise; the lock file is as
+    is asked for anew. Raises what `source.resolve` and `download` raise; the lock file is as
     it was then.
     """
     store = planner.store
@@ -91,7 +84,7 @@ def _resolve_image(
             into = scratch / "into"
             into.mkdir()
             for layer in dict.fromkeys(map(Layer.of, resolution.image.layers)):
-                if planner.store.find(layer.unpack_key) is None:
+                if not is_unpacked(planner.store, layer):
                     where = f"{image.name}: layer {short(layer.ref.diff_id)}"
                     layout.adopt(
                         resolution.blobs / layer.ref.blob.removeprefix("sha256:"), layer.ref, into, where=where
@@ -126,7 +119,7 @@ def _resolve_agent(
     with store.staging(key) as folder:
         progress = meter()
         try:
-            digest = agent.download(url, folder / DATA, checksum=checksum, advance=progress.add)
+            digest = download(url, folder / DATA, checksum=checksum, advance=progress.add)
         except AgentError as error:
             if pinned is not None and spec.checksum is None and error.hint:
                 hint = "the release was replaced since it was pinned: `fledge lock --update` accepts the new one"

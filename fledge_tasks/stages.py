@@ -24,6 +24,7 @@ from fledge_tasks.assemble import assemble as assemble_image
 from fledge_tasks.digest import sha256_bytes, short
 from fledge_tasks.errors import BlobError, StoreError
 from fledge_tasks.filesystems import ext4, ext4_size, skeleton
+from fledge_tasks.fresh import is_assembled, is_fetched
 from fledge_tasks.keys import Stage
 from fledge_tasks.oci import source
 from fledge_tasks.oci.layer import unpack as unpack_layer
@@ -83,11 +84,6 @@ def fetch(planner: Planner, plan: ImagePlan, layer: Layer) -> Values:
     return {"bytes": fetched[layer.ref.diff_id], "fetched": fetched}
 
 
-def is_fetched(store: Store, layer: Layer) -> bool:
-    """Tell whether there is nothing to fetch for a layer: it is unpacked, or its blob is there."""
-    return store.find(layer.unpack_key) is not None or store.find(layer.blob.key()) is not None
-
-
 def keep_blob(store: Store, layer: Layer, into: Path) -> int:
     """Publish a checked blob out of the folder `into`, and return its bytes, 0 if it was there."""
     with store.building(layer.blob.key()):
@@ -142,11 +138,6 @@ def unpack(planner: Planner, plan: ImagePlan, layer: Layer) -> Values:
 
 
 # --- mkfs ------------------------------------------------------------------------------------
-
-
-def is_made(planner: Planner, plan: ImagePlan) -> bool:
-    """Tell whether the store holds the filesystem and the customization that it points into."""
-    return all(planner.store.find(key) is not None for key in (plan.mkfs.key(), plan.customize.key()))
 
 
 def mkfs(planner: Planner, plan: ImagePlan) -> Values:
@@ -265,15 +256,16 @@ def assemble(planner: Planner, plan: ImagePlan) -> Values:
         sources = [*_unpacked(store, plan), customization]
         image_map = skeleton.read_map(made.file(MAP))
         progress = meter(sum(extent.count for extent in image_map.extents) * BLOCK_BYTES)
-        assembled = assemble_image(
-            image_map,
-            made.file(SKELETON),
-            {number: entry.file(PAYLOAD) for number, entry in enumerate(sources)},
-            plan.output,
-            preallocate=plan.assemble.preallocate,
-            advance=progress.add,
-        )
-        output.remember(plan.output, key, assembled.sha256)
+        with _writing(plan.output):
+            assembled = assemble_image(
+                image_map,
+                made.file(SKELETON),
+                {number: entry.file(PAYLOAD) for number, entry in enumerate(sources)},
+                plan.output,
+                preallocate=plan.assemble.preallocate,
+                advance=progress.add,
+            )
+            output.remember(plan.output, key, assembled.sha256)
         with store.index.together():
             for entry in (*sources, made):
                 store.touch(entry)
@@ -285,20 +277,7 @@ def assemble(planner: Planner, plan: ImagePlan) -> Values:
     }
 
 
-def is_assembled(plan: ImagePlan) -> output.Written | str:
-    """Return the record of the image file if it is up to date, else the reason why it is not."""
-    return output.look(plan.output, plan.assemble.key())
-
-
 # --- manifest --------------------------------------------------------------------------------
-
-
-def is_described(plan: ImagePlan) -> output.Written | str:
-    """Return the record of the manifest if it describes the image file, else the reason why not."""
-    image = is_assembled(plan)
-    if isinstance(image, str):
-        return image
-    return output.look(plan.manifest_output, plan.manifest(image.sha256).key())
 
 
 def write_manifest(planner: Planner, plan: ImagePlan) -> Values:
@@ -322,10 +301,19 @@ def write_manifest(planner: Planner, plan: ImagePlan) -> Values:
             checksum=record.checksum,
             filesystem=record.filesystem,
         )
-        fsutil.remove_stale(plan.manifest_output)
-        fsutil.write_atomic(plan.manifest_output, data)
-        output.remember(plan.manifest_output, record.key(), sha256_bytes(data))
+        with _writing(plan.manifest_output):
+            fsutil.remove_stale(plan.manifest_output)
+            fsutil.write_atomic(plan.manifest_output, data)
+            output.remember(plan.manifest_output, record.key(), sha256_bytes(data))
     return {"bytes": len(data)}
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise fsutil.explained(error, path) from None
 
 
 def _publish(

@@ -23,8 +23,6 @@ archived and restored with other times; every file is then checked again once.
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -240,12 +238,4 @@ def _memo_name(key: Digest, path: Path) -> str:
 
 
 def _explained(error: OSError, root: Path) -> StoreError:
-    hint = "set FLEDGE_CACHE_DIR to a folder that can be written to"
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        free = shutil.disk_usage(root if root.exists() else root.parent).free
-        return StoreError(
-            f"no space left on the disk ({free >> 20} MiB free)",
-            where=str(error.filename or root),
-            hint="make room, or set FLEDGE_CACHE_DIR to a folder on a larger disk",
-        )
-    return StoreError(os.strerror(error.errno or 0), where=str(error.filename or root), hint=hint)
+    return fsutil.explained(error, root, elsewhere="set FLEDGE_CACHE_DIR to a folder")

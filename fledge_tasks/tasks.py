@@ -11,6 +11,7 @@ resolved yet gets its layers' tasks late, when its resolve task has run.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -19,13 +20,14 @@ from typing import Any
 from doit.cmd_base import TaskLoader2
 from doit.task import DelayedLoader, Task
 
-from fledge_tasks import output, stages
+from fledge_tasks import fresh, output
 from fledge_tasks.action import StageAction
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.digest import short
 from fledge_tasks.errors import FledgeError
 from fledge_tasks.plan import ImagePlan, Layer, Planner
-from fledge_tasks.resolve import is_resolved, resolve
+
+Values = dict[str, Any]
 
 STAGES = ("resolve", "fetch", "unpack", "mkfs", "assemble", "manifest")
 DOIT_CONFIG = {"backend": "fledge-memory", "dep_file": ":none:", "default_tasks": ["build"], "verbosity": 0}
@@ -54,9 +56,13 @@ class _Fresh:
     def __call__(self, task: Task, values: object) -> bool:
         del task, values
         try:
-            return self._function()
+            if self._function():
+                return True
         except FledgeError:
-            return False
+            pass
+        # Now that something has to run: workers are forked from this process, and need not import it.
+        importlib.import_module("fledge_tasks.resolve")
+        return False
 
 
 class Graph:
@@ -95,7 +101,7 @@ class Graph:
             yield from self._layer_tasks(plan)
         needs = [f"resolve:{name}"] if plan else []
         yield self._task(
-            "mkfs", name, _mkfs, (planner, image), self._check(image, partial(stages.is_made, planner)),
+            "mkfs", name, _mkfs, (planner, image), self._check(image, partial(fresh.is_made, planner.store)),
             setup=[*needs, *layers], task_dep=before,
         )  # fmt: skip
         yield self._task(
@@ -128,15 +134,15 @@ class Graph:
             self._layers.add(layer.ref.diff_id)
             name = short(layer.ref.diff_id)
             yield self._task(
-                "fetch", name, stages.fetch, (planner, plan, layer), partial(stages.is_fetched, planner.store, layer)
+                "fetch", name, _fetch, (planner, plan, layer), partial(fresh.is_fetched, planner.store, layer)
             )
             yield self._task(
-                "unpack", name, stages.unpack, (planner, plan, layer), partial(_is_unpacked, planner, layer),
+                "unpack", name, _unpack, (planner, plan, layer), partial(fresh.is_unpacked, planner.store, layer),
                 setup=[f"fetch:{name}"],
             )  # fmt: skip
 
     def _check_resolve(self, image: ImageConfig) -> Callable[[], bool]:
-        return lambda: not self._update and is_resolved(self._planner, image)
+        return lambda: not self._update and fresh.is_resolved(self._planner, image)
 
     def _check(self, image: ImageConfig, check: Callable[[ImagePlan], bool]) -> Callable[[], bool]:
         def function() -> bool:
@@ -149,7 +155,7 @@ class Graph:
         self,
         stage: str,
         name: str,
-        function: Callable[..., stages.Values],
+        function: Callable[..., Values],
         arguments: tuple[object, ...],
         check: Callable[[], bool],
         *,
@@ -197,29 +203,48 @@ def _plan(planner: Planner, image: ImageConfig) -> ImagePlan:
     return plan
 
 
-def _resolve(planner: Planner, image: ImageConfig, update: bool) -> stages.Values:
+# What builds is imported when something has to be built: it takes longer than a build that does nothing.
+
+
+def _resolve(planner: Planner, image: ImageConfig, update: bool) -> Values:
+    from fledge_tasks.resolve import resolve
+
     return resolve(planner, image, update=update)
 
 
-def _mkfs(planner: Planner, image: ImageConfig) -> stages.Values:
+def _fetch(planner: Planner, plan: ImagePlan, layer: Layer) -> Values:
+    from fledge_tasks import stages
+
+    return stages.fetch(planner, plan, layer)
+
+
+def _unpack(planner: Planner, plan: ImagePlan, layer: Layer) -> Values:
+    from fledge_tasks import stages
+
+    return stages.unpack(planner, plan, layer)
+
+
+def _mkfs(planner: Planner, image: ImageConfig) -> Values:
+    from fledge_tasks import stages
+
     return stages.mkfs(planner, _plan(planner, image))
 
 
-def _assemble(planner: Planner, image: ImageConfig) -> stages.Values:
+def _assemble(planner: Planner, image: ImageConfig) -> Values:
+    from fledge_tasks import stages
+
     return stages.assemble(planner, _plan(planner, image))
 
 
-def _manifest(planner: Planner, image: ImageConfig) -> stages.Values:
+def _manifest(planner: Planner, image: ImageConfig) -> Values:
+    from fledge_tasks import stages
+
     return stages.write_manifest(planner, _plan(planner, image))
 
 
-def _is_unpacked(planner: Planner, layer: Layer) -> bool:
-    return planner.store.find(layer.unpack_key) is not None
-
-
 def _is_assembled(plan: ImagePlan) -> bool:
-    return isinstance(stages.is_assembled(plan), output.Written)
+    return isinstance(fresh.is_assembled(plan), output.Written)
 
 
 def _is_described(plan: ImagePlan) -> bool:
-    return isinstance(stages.is_described(plan), output.Written)
+    return isinstance(fresh.is_described(plan), output.Written)

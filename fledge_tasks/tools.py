@@ -43,7 +43,7 @@ class Tool:
         if isinstance(known, list) and known[:-1] == facts:
             return str(known[-1])
         try:
-            output = run(["sh", "-c", 'exec "$@" 2>&1', "sh", path, *self.arguments]).decode(errors="replace")
+            output = run(["/bin/sh", "-c", 'exec "$@" 2>&1', "sh", path, *self.arguments]).decode(errors="replace")
         except CommandError as error:
             raise ToolError(f"{self.name} does not say its version: {error.message}") from None
         match = _VERSION.search(output)

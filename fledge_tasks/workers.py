@@ -114,7 +114,7 @@ class _Outcome(NamedTuple):
 class WorkerRunner(SafeRunner):
     """Runs up to `num_process` tasks at once, each in a forked process of its own."""
 
-    def __init__(  # noqa: PLR0917  # doit passes everything by position
+    def __init__(  # doit passes everything by position
         self,
         dep_manager: Dependency,
         reporter: object,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,14 @@ class Layout:
         compression: Compression = "gzip",
         created: str = CREATED,
         diff_ids: Sequence[str] = (),
+        blobs: Mapping[int, bytes] | None = None,
     ) -> Layout:
-        """Like `write`, for layers that are archives already."""
+        """Like `write`, for layers that are archives already; `blobs` are other ones for some of them."""
         shutil.rmtree(self.path, ignore_errors=True)
         (self.path / "blobs" / "sha256").mkdir(parents=True)
         self.diff_ids = tuple(diff_ids) or tuple(digest(tar) for tar in tars)
-        layers = [self._put(compress(tar, compression), mediaType=_LAYER_TYPE + _SUFFIX[compression]) for tar in tars]
+        packed = {number: compress(tar, compression) for number, tar in enumerate(tars)} | dict(blobs or {})
+        layers = [self._put(blob, mediaType=_LAYER_TYPE + _SUFFIX[compression]) for blob in packed.values()]
         self.blobs = tuple(layer["digest"] for layer in layers)
         image = {
             "created": created,

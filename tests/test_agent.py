@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from fledge_tasks import agent
-from fledge_tasks.agent import AgentSpec, agent_url, config_file, download, local_agent, lock_name, program
+from fledge_tasks import download as downloads
+from fledge_tasks.agent import AgentSpec, agent_url, config_file, local_agent, lock_name, program
 from fledge_tasks.digest import sha256_bytes, sha256_file
+from fledge_tasks.download import download
 from fledge_tasks.errors import AgentError
 from fledge_tasks.mappings import MappedFile
 
@@ -103,7 +104,7 @@ def moved(target: str, code: int = 302) -> Callable[[Handler], None]:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(agent, "BACKOFF_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(downloads, "BACKOFF_SECONDS", (0.0, 0.0, 0.0))
     with Server() as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -149,7 +150,7 @@ def test_redirect_to_a_file_is_refused(server: Server, tmp_path: Path) -> None:
 def test_redirect_from_https_to_http_is_refused() -> None:
     request = urllib.request.Request("https://user:secret@example.com/kestrel?token=secret")
     with pytest.raises(AgentError, match="from https to http") as caught:
-        agent._Redirects().redirect_request(request, BytesIO(), 302, "", Message(), "http://example.com/")  # type: ignore[arg-type]
+        downloads._Redirects().redirect_request(request, BytesIO(), 302, "", Message(), "http://example.com/")  # type: ignore[arg-type]
     assert caught.value.where == "https://example.com/kestrel"
 
 
@@ -251,7 +252,7 @@ def test_what_is_no_program(server: Server, tmp_path: Path, data: bytes) -> None
 @pytest.mark.parametrize("says_so", [True, False])
 def test_too_large(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says_so: bool) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(agent, "MAX_BYTES", len(PROGRAM) - 1)
+    monkeypatch.setattr(downloads, "MAX_BYTES", len(PROGRAM) - 1)
     with pytest.raises(AgentError, match="is larger than"):
         download(server.url(whole if says_so else unsized), tmp_path / "x", advance=seen.append)
     assert bool(seen) is not says_so

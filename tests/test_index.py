@@ -218,7 +218,7 @@ def test_a_file_older_than_two_seconds_is_trusted(
 ) -> None:
     digest_of, file = FileDigests(index), old_file(tmp_path / "f", b"one")
     now = time.time_ns()
-    monkeypatch.setattr(index_module.time, "time_ns", lambda: now + 3 * 10**9)
+    monkeypatch.setattr(time, "time_ns", lambda: now + 3 * 10**9)
     assert digest_of(file) == digest_of(file) == sha256_bytes(b"one")
     assert reads == [file]
 

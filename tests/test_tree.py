@@ -409,7 +409,7 @@ def test_umoci_agrees(tmp_path: Path) -> None:
 PathTuple = tuple[bytes, ...]
 
 
-class ReferenceError(Exception):
+class ReferenceMergeError(Exception):
     """The reference cannot apply an entry."""
 
 
@@ -437,7 +437,7 @@ class Reference:
         links, rest = 0, path
         while rest:
             if links > 255:
-                raise ReferenceError
+                raise ReferenceMergeError
             name, _, rest = rest.partition(b"/")
             here = done[:-1] if name == b".." else done if name in {b"", b"."} else (*done, name)
             if self.kind(here) is Kind.SYMLINK and here != done:
@@ -473,7 +473,7 @@ class Reference:
                         made = Entry(b"", Kind.DIRECTORY, 0o755, mtime_ns=DEFAULT_NS)
                         self.nodes[place[:depth]] = [made, number]
                     elif self.kind(place[:depth]) is not Kind.DIRECTORY:
-                        raise ReferenceError
+                        raise ReferenceMergeError
                 upper.update(place[:depth] for depth in range(1, len(place) + 1))
                 if entry.kind is Kind.DIRECTORY and self.kind(place) is Kind.DIRECTORY:
                     self.nodes[place][0] = entry
@@ -482,7 +482,7 @@ class Reference:
                 if entry.kind is Kind.HARDLINK:
                     target = self.place_of(entry.link)
                     if self.kind(target) in {None, Kind.DIRECTORY}:
-                        raise ReferenceError
+                        raise ReferenceMergeError
                     self.nodes[place] = self.nodes[target]
                 else:
                     self.nodes[place] = [entry, number]
@@ -524,7 +524,7 @@ def test_random_layers_agree_with_the_reference(stack: list[list[Entry]]) -> Non
     try:
         for number, entries in enumerate(stack):
             reference.apply(entries, number)
-    except ReferenceError:
+    except ReferenceMergeError:
         with pytest.raises(TreeError):
             merge([Layer("", entries) for entries in stack], DEFAULT_NS)
         return

@@ -54,12 +54,10 @@ def _run() -> int:
     except FledgeError as error:
         print_error(error)
         return error.exit_code
-    except Interrupted as interrupted:
+    except (KeyboardInterrupt, click.Abort) as stop:
+        cause = stop.__cause__ or stop  # click makes an Abort of every KeyboardInterrupt
         click.echo("interrupted", err=True)
-        return interrupted.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
-        return 130
+        return cause.exit_code if isinstance(cause, Interrupted) else 130
     except BrokenPipeError:
         # Whoever read our output has seen enough; the interpreter must not complain at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

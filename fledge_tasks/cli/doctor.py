@@ -12,8 +12,6 @@ import click
 from fledge_tasks import fsutil, workspace
 from fledge_tasks.cli.context import Context
 from fledge_tasks.errors import FledgeError, ImageNotFoundError
-from fledge_tasks.filesystems import libext2fs
-from fledge_tasks.oci import daemon
 from fledge_tasks.tools import E2FSCK, MKE2FS, MKFS_BTRFS, MKFS_XFS, SKOPEO, Tool
 
 
@@ -40,6 +38,8 @@ def doctor(context: Context) -> int:
 def _checks(folder: Path) -> Iterator[_Check]:
     yield _tool(SKOPEO, "registries, daemons, archives", is_needed=True)
     yield _tool(MKE2FS, "ext4", is_needed=True)
+    from fledge_tasks.filesystems import libext2fs  # the other commands start sooner without
+
     try:
         yield _Check("libext2fs", True, f"{libext2fs.version()}: ext4", is_needed=True)
     except FledgeError as error:
@@ -59,6 +59,8 @@ def _tool(tool: Tool, purpose: str, *, is_needed: bool = False) -> _Check:
 
 
 def _daemon() -> _Check:
+    from fledge_tasks.oci import daemon
+
     try:
         daemon.inspect("scratch")
     except ImageNotFoundError:

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 
 import click
 
-from fledge_tasks import output, stages
+from fledge_tasks import fresh, output
 from fledge_tasks.cli.context import Context, names_argument
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.digest import short
 from fledge_tasks.plan import Planner
-from fledge_tasks.resolve import is_resolved
 
 
 @click.command()
@@ -41,21 +40,21 @@ def explain(planner: Planner, image: ImageConfig) -> Iterator[tuple[str, str]]:
         yield f"resolve:{image.name}", str(planner.unresolved(image))
         yield "...", "what else is known once it is resolved"
         return
-    described = stages.is_described(made)
+    described = fresh.is_described(made)
     if isinstance(described, output.Written):
         return
-    assembled = stages.is_assembled(made)
+    assembled = fresh.is_assembled(made)
     if isinstance(assembled, str):
-        if not stages.is_made(planner, made):
-            if not is_resolved(planner, image):
+        if not fresh.is_made(planner.store, made):
+            if not fresh.is_resolved(planner, image):
                 yield f"resolve:{image.name}", "the OCI config or the agent is not in the cache"
             reason = "no such filesystem in the cache"
         else:
             reason = ""
         for layer in dict.fromkeys(made.layers):
-            if planner.store.find(layer.unpack_key) is None:
+            if not fresh.is_unpacked(planner.store, layer):
                 name = short(layer.ref.diff_id)
-                if not stages.is_fetched(planner.store, layer):
+                if not fresh.is_fetched(planner.store, layer):
                     yield f"fetch:{name}", f"layer is not in the cache ({layer.ref.size} bytes to move)"
                 yield f"unpack:{name}", "layer is not in the cache"
         if reason:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from fledge_tasks import output, stages
+from fledge_tasks import fresh, output
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.digest import short
 from fledge_tasks.errors import FledgeError
@@ -85,7 +85,7 @@ def _image(
         plan = planner.plan(image)
     except FledgeError:
         plan = None
-    written = stages.is_assembled(plan) if plan else ""
+    written = fresh.is_assembled(plan) if plan else ""
     is_current = isinstance(written, output.Written)
     reports = []
     for stage, task, key in _tasks(image, plan, written.sha256 if isinstance(written, output.Written) else None):

@@ -225,12 +225,18 @@ class _Filler:
         return self._extents
 
     def _release(self, number: int) -> None:
-        """Give back the blocks that mke2fs gave a folder; its extents are all in the inode."""
+        """Give back the blocks that mke2fs gave a folder, as zeros: a file of ours may get them, and must be a hole.
+
+        The extents are all in the inode.
+        """
         field = self._filesystem.read_inode(number)[40:100]
         _, count = struct.unpack_from("<HH", field)
         for at in range(count):
             _, length, high, low = struct.unpack_from("<IHHI", field, 12 + 12 * at)
-            self._filesystem.mark_blocks(high << 32 | low, length, used=False)
+            start = high << 32 | low
+            for block in range(start, start + length):
+                self._filesystem.write_block(block, bytes(BLOCK_BYTES))
+            self._filesystem.mark_blocks(start, length, used=False)
 
     def _place_folder(self, item: _Item) -> tuple[bytes, int]:
         extents: list[Extent] = []

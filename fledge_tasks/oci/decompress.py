@@ -17,8 +17,8 @@ from isal import igzip_lib
 
 from fledge_tasks.errors import LayerError
 
-CHUNK_BYTES = 1 << 19
-_INPUT_BYTES = 1 << 16  # short, since each gzip member that ends in an input copies the rest of it
+CHUNK_BYTES = 1 << 20
+_INPUT_BYTES = 1 << 17  # short, since each gzip member that ends in an input copies the rest of it
 _MAGIC_BYTES = 10
 _ZSTD_BLOCK_BYTES = 1 << 17
 

@@ -12,6 +12,7 @@ opened are fixed, or 64 hexadecimal digits, so nothing in the files chooses a pa
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import posixpath
@@ -216,4 +217,6 @@ def _reading(where: str) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise  # it is the copy that cannot be written
         raise SourceError(f"cannot be read: {error}", where=where, hint=_DAMAGED) from None

@@ -1,0 +1,203 @@
+"""Downloads over http and https: resumed, checked, and never kept in part.
+
+They go through `urllib`, which honours the proxy variables. A module of its own, since that takes
+its time to import and most builds download nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import ssl
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from http.client import HTTPException, HTTPMessage, InvalidURL
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+from fledge_tasks.digest import Digest
+from fledge_tasks.errors import AgentError
+
+TIMEOUT_SECONDS = 30.0
+MAX_BYTES = 512 << 20
+BACKOFF_SECONDS = (0.5, 1.0, 2.0)
+
+_TRANSIENT = {408, 429, 500, 502, 503, 504}
+_RANGE_NOT_SATISFIABLE = 416
+_PERMANENT = (ssl.SSLCertVerificationError, InvalidURL)
+_READ_BYTES = 1 << 16  # a read waits for all of them, and progress shows only then
+_PROGRAM_MAGIC = (b"\x7fELF", b"#!")
+
+
+def download(
+    url: str, into: Path, *, checksum: str | None = None, advance: Callable[[int], None] = lambda _: None
+) -> Digest:
+    """Fetch `url` to the file `into`, synced to disk, and return its digest.
+
+    `into` must be a name that nobody else looks at; it is gone when an error is raised. `advance`
+    is told the bytes that arrived, a negative number when a transfer starts over. Broken
+    connections and busy servers (408, 429, 5xx) are tried again after BACKOFF_SECONDS, from where
+    the transfer broke off if the server can prove that the file is still the same (RFC 9110, 13.1.5
+    and 14). Raises AgentError for any other status than 200, a redirect from https to http, more
+    than MAX_BYTES, a digest other than `checksum`, and content that is neither ELF nor a script.
+    Raises OSError when `into` cannot be written.
+    """
+    try:
+        scheme = urllib.parse.urlsplit(url).scheme
+    except ValueError as error:
+        raise AgentError(f"not a URL: {error}", where=url) from None
+    if scheme not in {"http", "https"}:
+        raise AgentError("only http and https URLs can be downloaded", where=_show(url))
+    try:
+        with into.open("w+b") as file:
+            transfer = _Transfer(url, file, advance)
+            transfer.run()
+            digest = Digest("sha256:" + transfer.hash.hexdigest())
+            _check(transfer, digest, checksum)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        into.unlink(missing_ok=True)
+        raise
+    return digest
+
+
+def _check(transfer: _Transfer, digest: str, checksum: str | None) -> None:
+    if checksum is not None and digest != checksum:
+        raise AgentError(
+            f"is not what its checksum names: found {digest}, expected {checksum}",
+            where=transfer.shown,
+            hint="if the new content is meant to be used, change agent.checksum in fledge.toml",
+        )
+    transfer.file.seek(0)
+    if not transfer.file.read(4).startswith(_PROGRAM_MAGIC):
+        raise AgentError(
+            "does not look like a program: it starts neither with the ELF magic number nor with '#!'",
+            where=transfer.shown,
+            hint="open the URL in a browser: a server may answer with a login or error page",
+        )
+
+
+class _BrokenOffError(Exception):
+    """A transfer that is worth another attempt."""
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        if req.type == "https" and urllib.parse.urlsplit(newurl).scheme != "https":
+            raise AgentError("redirects from https to http, which is refused", where=_show(req.full_url))
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+class _Transfer:
+    """One download over as many connections as it takes: `file` and `hash` hold the first `done` bytes."""
+
+    def __init__(self, url: str, file: BinaryIO, advance: Callable[[int], None]) -> None:
+        self.file = file
+        self.hash = hashlib.sha256()
+        self.done = 0
+        self.shown = _show(url)
+        self._url = url
+        self._advance = advance
+        self._validator: str | None = None
+        self._opener = urllib.request.build_opener(_Redirects)
+
+    def run(self) -> None:
+        """Transfer the whole file. Raises AgentError, and OSError for `file`."""
+        for pause in (*BACKOFF_SECONDS, None):
+            try:
+                self._attempt()
+                break
+            except _BrokenOffError as error:
+                if pause is None:
+                    tries = len(BACKOFF_SECONDS) + 1
+                    raise AgentError(f"cannot be downloaded, tried {tries} times: {error}", where=self.shown) from None
+                time.sleep(pause)
+
+    def _attempt(self) -> None:
+        if self._validator is None:
+            self._start_over()
+        with self._open() as response:
+            if response.status == 200:
+                self._start_over()
+                self._validator = _validator(response.headers)
+            elif response.status == 206:
+                self._check_range(response.headers)
+            else:
+                raise AgentError(f"answered with status {response.status} {response.reason}", where=self.shown)
+            total = None if response.length is None else self.done + response.length
+            self._limit(total or 0)
+            for data in _chunks(response):
+                self._limit(self.done + len(data))
+                self.file.write(data)
+                self.hash.update(data)
+                self.done += len(data)
+                self._advance(len(data))
+        if total is not None and self.done != total:
+            raise _BrokenOffError(f"the connection ended after {self.done} of {total} bytes")
+
+    def _open(self) -> Any:
+        headers = {"User-Agent": "fledge-tasks"}
+        if self._validator is not None and self.done:
+            headers |= {"Range": f"bytes={self.done}-", "If-Range": self._validator}
+        try:
+            return self._opener.open(urllib.request.Request(self._url, headers=headers), timeout=TIMEOUT_SECONDS)
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code == _RANGE_NOT_SATISFIABLE:
+                self._validator = None
+            if error.code in _TRANSIENT or (error.code == _RANGE_NOT_SATISFIABLE and self.done):
+                raise _BrokenOffError(f"the server answered with status {error.code} {error.reason}") from None
+            raise AgentError(f"answered with status {error.code} {error.reason}", where=self.shown) from None
+        except (OSError, HTTPException, ValueError) as error:
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            if isinstance(reason, OSError | HTTPException) and not isinstance(reason, _PERMANENT):
+                raise _BrokenOffError(str(reason)) from None
+            raise AgentError(f"cannot be downloaded: {reason}", where=self.shown) from None
+
+    def _check_range(self, headers: HTTPMessage) -> None:
+        start = re.match(r"bytes (\d+)-", headers.get("Content-Range", ""))
+        if start is None or int(start[1]) != self.done:
+            self._validator = None
+            raise _BrokenOffError("the server sent another part of the file than it was asked for")
+
+    def _start_over(self) -> None:
+        if self.done:
+            self._advance(-self.done)
+        self.file.seek(0)
+        self.file.truncate()
+        self.hash = hashlib.sha256()
+        self.done = 0
+
+    def _limit(self, size: int) -> None:
+        if size > MAX_BYTES:
+            raise AgentError(f"is larger than {MAX_BYTES >> 20} MiB", where=self.shown)
+
+
+def _chunks(response: Any) -> Iterator[bytes]:
+    while True:
+        try:
+            data: bytes = response.read(_READ_BYTES)
+        except (OSError, HTTPException) as error:
+            raise _BrokenOffError(f"the connection broke off: {error}") from None
+        if not data:
+            return
+        yield data
+
+
+def _validator(headers: HTTPMessage) -> str | None:
+    """Return what If-Range may hold: a strong ETag, or else a date."""
+    tag = headers.get("ETag")
+    return tag if tag is not None and tag.startswith('"') else headers.get("Last-Modified")
+
+
+def _show(url: str) -> str:
+    """Return `url` for messages: without user, password and query, which may be secret."""
+    parts = urllib.parse.urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()

@@ -1,0 +1,48 @@
+"""What is up to date: each stage's question to the store, the lock file and the output files.
+
+Nothing is built here, and nothing imported that builds: when nothing changed, this is all that runs.
+"""
+
+from __future__ import annotations
+
+from fledge_tasks import output
+from fledge_tasks.config import ImageConfig
+from fledge_tasks.plan import ImagePlan, Layer, Planner
+from fledge_tasks.store import Store
+
+
+def is_resolved(planner: Planner, image: ImageConfig) -> bool:
+    """Tell whether lock file and store hold all that `resolve` brings."""
+    plan = planner.plan(image)
+    if plan is None:
+        return False
+    agent_is_here = plan.agent is None or planner.store.find(plan.agent.key()) is not None
+    return agent_is_here and planner.store.find(plan.config.key()) is not None
+
+
+def is_fetched(store: Store, layer: Layer) -> bool:
+    """Tell whether there is nothing to fetch for a layer: it is unpacked, or its blob is there."""
+    return is_unpacked(store, layer) or store.find(layer.blob.key()) is not None
+
+
+def is_unpacked(store: Store, layer: Layer) -> bool:
+    """Tell whether the store holds the unpacked layer."""
+    return store.find(layer.unpack_key) is not None
+
+
+def is_made(store: Store, plan: ImagePlan) -> bool:
+    """Tell whether the store holds the filesystem and the customization that it points into."""
+    return all(store.find(key) is not None for key in (plan.mkfs.key(), plan.customize.key()))
+
+
+def is_assembled(plan: ImagePlan) -> output.Written | str:
+    """Return the record of the image file if it is up to date, else the reason why it is not."""
+    return output.look(plan.output, plan.assemble.key())
+
+
+def is_described(plan: ImagePlan) -> output.Written | str:
+    """Return the record of the manifest if it describes the image file, else the reason why not."""
+    image = is_assembled(plan)
+    if isinstance(image, str):
+        return image
+    return output.look(plan.manifest_output, plan.manifest(image.sha256).key())

@@ -1,0 +1,553 @@
+"""The command line, as a program: exit codes, messages, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from fledge_tasks.digest import is_digest, short
+from tests.layers import Member, archive, compress, folder
+from tests.layouts import Layout, Place
+from tests.tools import need
+from tests.workspaces import Result, Workspace, processes_about, sha256_of
+
+BASE = [folder("bin"), Member("bin/app", b"\x7fELF" + bytes(20_000), mode=0o755)]
+MORE = [folder("etc"), Member("etc/motd", b"hello\n" * 500)]
+GOOD = 'version = "1"\nstrategy = "oci_rootfs"\n[source]\nimage = "oci:../layouts/web"\n[filesystem]\ntype = "ext4"\n'
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    """A workspace with one image `web` of two layers and one mapping, not built yet."""
+    need("mke2fs")
+    place = Place(tmp_path / "w", tmp_path / "home")
+    (place.add("web", "oci:../layouts/web", buffer_mb=1, mappings={"conf": "/srv/conf"}) / "conf").write_text("one\n")
+    place.layout("web").write(BASE, MORE)
+    return Workspace(place.root, place.home)
+
+
+def layout(workspace: Workspace) -> Layout:
+    return Layout(workspace.root / "layouts" / "web").write(BASE, MORE)
+
+
+def toml(workspace: Workspace) -> Path:
+    return workspace.root / "web" / "fledge.toml"
+
+
+def edit(workspace: Workspace, old: str, new: str) -> None:
+    text = toml(workspace).read_text()
+    assert old in text
+    toml(workspace).write_text(text.replace(old, new))
+
+
+def refused(workspace: Workspace, code: int, *messages: str, command: Sequence[str] = ("build",)) -> Result:
+    """Run a command that must fail like this, print nothing of Python, and leave nothing behind."""
+    result = workspace.fledge(*command)
+    assert result.code == code, result
+    assert "Traceback" not in result.stderr
+    for message in messages:
+        assert message in result.stderr
+    assert workspace.leftovers() == []
+    return result
+
+
+# --- what is printed when all is well ---------------------------------------------------------------
+
+
+def test_json(workspace: Workspace) -> None:
+    result = workspace.fledge("build", "--json")
+    assert (result.code, result.stderr) == (0, "")
+    summary = json.loads(result.stdout)
+    assert list(summary) == ["images", "seconds"]
+    assert summary["seconds"] > 0
+    [image] = summary["images"]
+    assert list(image) == ["name", "image", "manifest", "sha256", "bytes", "stages"]
+    assert image["name"] == "web"
+    assert image["image"] == str(workspace.output("web"))
+    assert image["manifest"] == str(workspace.output("web").with_name("manifest.json"))
+    assert image["sha256"] == sha256_of(workspace.output("web"))
+    assert image["bytes"] == workspace.output("web").stat().st_size
+    names = [short(diff_id) for diff_id in layout(workspace).diff_ids]
+    assert [(stage["stage"], stage["task"]) for stage in image["stages"]] == [
+        ("resolve", "resolve:web"),
+        ("fetch", f"fetch:{names[0]}"),
+        ("fetch", f"fetch:{names[1]}"),
+        ("unpack", f"unpack:{names[0]}"),
+        ("unpack", f"unpack:{names[1]}"),
+        ("mkfs", "mkfs:web"),
+        ("assemble", "assemble:web"),
+        ("manifest", "manifest:web"),
+    ]
+    for stage in image["stages"]:
+        assert list(stage) == ["stage", "task", "key", "status", "seconds", "bytes"]
+        assert is_digest(stage["key"])
+        assert stage["status"] == "built"
+        assert stage["seconds"] >= 0
+        assert stage["bytes"] > 0
+    assert image["stages"][6]["bytes"] == image["bytes"]
+
+
+def test_json_of_a_failure(workspace: Workspace) -> None:
+    layout(workspace).write(BASE, MORE, diff_ids=["sha256:" + "1" * 64, "sha256:" + "2" * 64])
+    result = workspace.fledge("build", "--json")
+    assert result.code == 1
+    assert "error: unpack:111111111111: " in result.stderr
+    image = result.image("web")
+    assert (image["sha256"], image["bytes"]) == (None, 0)
+    statuses = {stage["task"]: stage["status"] for stage in image["stages"]}
+    assert statuses["resolve:web"] == statuses["fetch:111111111111"] == "built"
+    assert statuses["unpack:111111111111"] == statuses["unpack:222222222222"] == "failed"
+    assert statuses["mkfs:web"] == statuses["assemble:web"] == "not-needed"
+    assert [stage["key"] for stage in image["stages"]][-1] is None
+    [failed, _] = [stage for stage in image["stages"] if stage["status"] == "failed"]
+    assert "sha256:1111" in failed["error"]
+
+
+def test_plain_output(workspace: Workspace) -> None:
+    result = workspace.fledge("build", "-j", "1")
+    assert result.code == 0
+    lines = result.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "resolve", "fetch", "unpack", "fetch", "unpack", "mkfs", "assemble", "manifest",
+    ] or len(lines) == 7  # one connection fetches both  # fmt: skip
+    assert all(re.fullmatch(r"\w+:\w+ built in \d+\.\d\d s(, .+)?", line) for line in lines)
+    first, last = result.stdout.splitlines()
+    size = f"{workspace.output('web').stat().st_size / 1e6:.1f} MB"
+    checksum = sha256_of(workspace.output("web"))
+    assert first.startswith(f"web: {workspace.output('web')}, {size}, {checksum}, 8 stages built, 0 reused")
+    assert re.fullmatch(r"1 image in \d+\.\d\d s", last)
+    again = workspace.fledge("build")
+    assert again.stderr == ""
+    assert "0 stages built, 8 reused" in again.stdout
+
+
+def test_a_terminal_gets_a_table(workspace: Workspace) -> None:
+    need("script")
+    command = " ".join(workspace.command("build"))
+    done = subprocess.run(
+        ["script", "-qec", command, "/dev/null"],
+        env={**workspace.environment(), "TERM": "xterm", "COLUMNS": "200"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", done.stdout)
+    assert "mkfs:web built in" in text
+    assert re.search(r"image\s+built\s+reused\s+size\s+time\s+file", text)
+    assert re.search(r"web\s+8\s+0\s", text)
+
+
+# --- the user's input is wrong: exit code 2 ------------------------------------------------------------
+
+
+def test_no_fledge_toml(tmp_path: Path) -> None:
+    refused(
+        Workspace(tmp_path, tmp_path), 2, f"error: {tmp_path}: found no fledge.toml", "hint: write one, for example"
+    )
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    refused(Workspace(tmp_path / "no", tmp_path), 2, f"error: {tmp_path}/no: no such folder")
+
+
+def test_broken_toml(workspace: Workspace) -> None:
+    toml(workspace).write_text('version = "1\n')
+    refused(workspace, 2, "error: web/fledge.toml: not valid TOML", "at line 1")
+
+
+def test_every_problem_of_every_file_at_once(workspace: Workspace) -> None:
+    edit(workspace, 'type = "ext4"', 'type = "ext5"\npreallocated = true')
+    (workspace.root / "api").mkdir()
+    (workspace.root / "api" / "fledge.toml").write_text(GOOD.replace('"1"', "1") + "size_buffer_mb = -1\n")
+    result = refused(
+        workspace,
+        2,
+        'web/fledge.toml: filesystem.type: found string "ext5", expected',
+        "web/fledge.toml: filesystem.preallocated: unknown key",
+        'did you mean "preallocate"?',
+        "api/fledge.toml: version: ",
+        "api/fledge.toml: filesystem.size_buffer_mb: found integer -1",
+    )
+    assert result.stdout == ""
+
+
+def test_an_unknown_image(workspace: Workspace) -> None:
+    for command in ("build", "plan", "lock", "clean"):
+        refused(workspace, 2, 'no image is named "wbe"', 'did you mean "web"?', command=(command, "wbe"))
+
+
+def test_an_unknown_option_and_command(workspace: Workspace) -> None:
+    refused(workspace, 2, "No such option", command=("build", "--fast"))
+    refused(workspace, 2, "No such command", command=("biuld",))
+    refused(workspace, 2, "0 is not in the range", command=("build", "-j", "0"))
+
+
+def test_missing_mapping_sources_of_two_images(workspace: Workspace) -> None:
+    (workspace.root / "web" / "conf").unlink()
+    workspace.add("api", "oci:../layouts/web", mappings={"gone": "/srv/gone"})
+    root = workspace.root
+    for command in ("build", "plan", "lock"):
+        refused(
+            workspace,
+            2,
+            f'{root}/web/fledge.toml: mappings."conf": {root}/web/conf does not exist',
+            f'{root}/api/fledge.toml: mappings."gone": {root}/api/gone does not exist',
+            command=(command,),
+        )
+    assert not (root / "fledge.lock").exists()
+
+
+def test_a_bad_reference(workspace: Workspace) -> None:
+    edit(workspace, "oci:../layouts/web", "Nginx:alpine")
+    refused(
+        workspace, 2, f"error: {toml(workspace)}: source.image: 'Nginx:alpine'", "hint: write [registry/]name[:tag]"
+    )
+
+
+def test_a_broken_lock_file(workspace: Workspace) -> None:
+    (workspace.root / "fledge.lock").write_text("<<<<<<< ours\n")
+    for command in ("build", "plan", "lock"):
+        refused(workspace, 2, f"{workspace.root}/fledge.lock: cannot be read", "delete it and run", command=(command,))
+    assert (workspace.root / "fledge.lock").read_text() == "<<<<<<< ours\n"
+
+
+def test_locked_without_a_lock_file(workspace: Workspace) -> None:
+    refused(workspace, 2, "web: oci:layouts/web linux/amd64 is not in fledge.lock", command=("build", "--locked"))
+
+
+def test_a_bad_epoch(workspace: Workspace) -> None:
+    late = Workspace(workspace.root, workspace.home, env={"SOURCE_DATE_EPOCH": "4294967296"})
+    refused(late, 2, "variable SOURCE_DATE_EPOCH: found '4294967296', expected seconds since 1970 below 4294967296")
+
+
+# --- a build fails: exit code 1 --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_filesystems_that_cannot_be_made(workspace: Workspace, kind: str) -> None:
+    edit(workspace, 'type = "ext4"', f'type = "{kind}"')
+    refused(workspace, 1, f"{toml(workspace)}: filesystem.type: {kind} images cannot be made by this version")
+
+
+def test_a_missing_layout(workspace: Workspace) -> None:
+    shutil.rmtree(workspace.root / "layouts")
+    root = workspace.root
+    refused(
+        workspace,
+        1,
+        f"error: resolve:web: oci:../layouts/web: there is nothing at {root}/layouts/web",
+        f"hint: relative paths start at {root}/web",
+    )
+
+
+def test_a_missing_tag(workspace: Workspace) -> None:
+    edit(workspace, "layouts/web", "layouts/web:v2")
+    refused(workspace, 1, "there is no image named 'v2'; there are: (unnamed)")
+
+
+def damage_config(found: Layout) -> None:
+    [config] = [path for path in found.blob(0).parent.iterdir() if b'"rootfs"' in path.read_bytes()]
+    config.write_bytes(config.read_bytes().replace(b"linux", b"LINUX"))
+
+
+DAMAGES: dict[str, tuple[Callable[[Layout], object], str]] = {
+    "a byte of a blob": (lambda found: flip(found.blob(1)), "blob sha256:"),
+    "a blob is cut off": (lambda found: os.truncate(found.blob(1), 20), "found 20 bytes, expected"),
+    "a blob is missing": (lambda found: found.blob(1).unlink(), "found no such file"),
+    "the config": (damage_config, "blob sha256:"),
+    "the index": (lambda found: (found.path / "index.json").write_text("{"), "is not well-formed"),
+    "a wrong diff ID": (
+        lambda found: found.write(BASE, MORE, diff_ids=[found.diff_ids[0], "sha256:" + "2" * 64]),
+        "sha256:" + "2" * 64,
+    ),
+    "truncated gzip": (lambda found: with_blob(found, compress(archive(MORE))[:-30]), "truncated gzip stream"),
+    "no archive": (lambda found: with_blob(found, compress(b"no tar at all" * 100)), "layer"),
+}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def with_blob(found: Layout, blob: bytes) -> None:
+    """Make the second layer of the image a blob of this content, whatever its diff ID says."""
+    found.write_tars([archive(BASE), archive(MORE)], blobs={1: blob})
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_source(workspace: Workspace, damage: Callable[[Layout], object], message: str) -> None:
+    damage(layout(workspace))
+    result = refused(workspace, 1, message)
+    assert "error: " in result.stderr
+    layout(workspace)  # repaired
+    workspace.build()
+
+
+def test_no_skopeo(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    poor = Workspace(workspace.root, workspace.home, env={"PATH": str(tmp_path / "bin")})
+    assert poor.fledge("build").code == 0  # a layout needs none
+    edit(workspace, "oci:../layouts/web", "docker://localhost:1/web")
+    shutil.rmtree(workspace.root / "build")
+    refused(
+        poor,
+        1,
+        "error: resolve:web: skopeo is not installed (not found on PATH)",
+        "hint: install it, for example: sudo apt-get install skopeo",
+    )
+
+
+def test_no_registry(workspace: Workspace) -> None:
+    need("skopeo")
+    edit(workspace, "oci:../layouts/web", "docker://127.0.0.1:1/web")
+    refused(workspace, 1, "error: resolve:web: docker://127.0.0.1:1/web:latest: ", "connection refused")
+
+
+def test_offline_with_a_registry(workspace: Workspace) -> None:
+    edit(workspace, "oci:../layouts/web", "docker://127.0.0.1:1/web")
+    refused(workspace, 1, "the registry would have to be asked", command=("build", "--offline"))
+
+
+def test_what_does_not_fail_is_built(workspace: Workspace) -> None:
+    workspace.add("api", "oci:../layouts/gone", buffer_mb=1)
+    for jobs in ("1", "2"):
+        result = workspace.fledge("build", "--json", "-j", jobs)
+        assert result.code == 1
+        assert result.image("api")["sha256"] is None
+        assert result.image("web")["sha256"] == sha256_of(workspace.output("web"))
+        shutil.rmtree(workspace.root / "build")
+
+
+def test_a_failed_build_leaves_what_was_there(workspace: Workspace) -> None:
+    workspace.build()
+    before = sha256_of(workspace.output("web")), workspace.output("web").with_name("manifest.json").read_bytes()
+    found = layout(workspace).write(BASE, MORE, [Member("third", b"3")])
+    flip(found.blob(2))
+    assert workspace.fledge("build").code == 1
+    assert (
+        sha256_of(workspace.output("web")),
+        workspace.output("web").with_name("manifest.json").read_bytes(),
+    ) == before
+
+
+def test_a_cache_that_cannot_be_made(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    poor = Workspace(workspace.root, workspace.home, tmp_path / "file" / "cache")
+    refused(
+        poor, 1, f"{tmp_path}/file", "Not a directory", "hint: set FLEDGE_CACHE_DIR to a folder that can be written to"
+    )
+
+
+# --- signals -------------------------------------------------------------------------------------------------
+
+
+def slow(workspace: Workspace, tmp_path: Path) -> tuple[Workspace, Path]:
+    """Return a workspace in which mke2fs never ends, and the file that is there once it was started."""
+    (tmp_path / "bin").mkdir()
+    started = tmp_path / "started"
+    fake = tmp_path / "bin" / "mke2fs"
+    fake.write_text(
+        f'#!/bin/sh\ncase "$1" in -V) echo "mke2fs 1.47.0 (5-Feb-2023)" >&2 ;; '
+        f"*) for image; do :; done; touch {started}; exec sleep 60 ;; esac\n"
+    )
+    fake.chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{workspace.environment()['PATH']}"
+    return Workspace(workspace.root, workspace.home, env={"PATH": path}), started
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_in_the_middle_of_a_build(
+    workspace: Workspace, tmp_path: Path, signum: signal.Signals, code: int, jobs: str
+) -> None:
+    busy, started = slow(workspace, tmp_path)
+    process = subprocess.Popen(
+        busy.command("build", "-j", jobs),
+        env=busy.environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert wait_for(started.exists)
+    assert busy.leftovers() != []
+    begun = time.monotonic()
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert errors.endswith("interrupted\n")
+    assert "Traceback" not in errors
+    assert time.monotonic() - begun < 5
+    assert workspace.leftovers() == []
+    assert not workspace.output("web").exists()
+    assert wait_for(lambda: processes_about(workspace.root) == [])
+    assert set(workspace.build().stages("web")) == {"mkfs", "assemble", "manifest"}
+
+
+def test_a_reader_that_has_seen_enough(workspace: Workspace) -> None:
+    workspace.build()
+    command = " ".join(workspace.command("build", "--json"))
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} | true"],
+        env=workspace.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+# --- plan, lock, clean, doctor ---------------------------------------------------------------------------------
+
+
+def test_plan(workspace: Workspace) -> None:
+    def plan(*arguments: str) -> list[str]:
+        result = workspace.fledge("plan", *arguments)
+        assert (result.code, result.stderr) == (0, "")
+        return [" ".join(line.split()) for line in result.stdout.splitlines()]
+
+    first = plan()
+    assert first[:2] == ["web:", "resolve:web oci:layouts/web linux/amd64 is not in fledge.lock"]
+    assert not (workspace.root / "fledge.lock").exists()
+    assert not (workspace.root / "cache" / "objects").exists()
+    assert not (workspace.root / "build").exists()
+    workspace.fledge("lock")
+    found = layout(workspace)
+    names = [short(diff_id) for diff_id in found.diff_ids]
+    sizes = [found.blob(number).stat().st_size for number in range(2)]
+    assert plan() == [
+        "web:",
+        f"fetch:{names[0]} layer is not in the cache ({sizes[0]} bytes to move)",
+        f"unpack:{names[0]} layer is not in the cache",
+        f"fetch:{names[1]} layer is not in the cache ({sizes[1]} bytes to move)",
+        f"unpack:{names[1]} layer is not in the cache",
+        "mkfs:web no such filesystem in the cache",
+        "assemble:web rootfs.img is not there",
+        "manifest:web the image file is made anew",
+    ]
+    workspace.build()
+    assert plan() == plan("web") == ["web: up to date"]
+    (workspace.root / "web" / "conf").write_text("two\n")
+    assert plan() == [
+        "web:",
+        "mkfs:web no such filesystem in the cache",
+        "assemble:web what goes in has changed",
+        "manifest:web the image file is made anew",
+    ]
+    (workspace.root / "web" / "conf").write_text("one\n")
+    workspace.output("web").touch()
+    assert plan()[1] == "assemble:web rootfs.img was changed since it was written"
+    workspace.build()
+    workspace.output("web").with_name("manifest.json").unlink()
+    assert plan() == ["web:", "manifest:web manifest.json is not there"]
+    layout(workspace).write(BASE)
+    assert plan()[1] == "resolve:web oci:../layouts/web is another image than fledge.lock says"
+    refused_plan = workspace.fledge("plan", "--locked")
+    assert refused_plan.code == 2
+    assert not workspace.output("web").with_name("manifest.json").exists()
+
+
+def test_what_is_planned_is_what_is_built(workspace: Workspace) -> None:
+    workspace.fledge("lock")
+    planned = workspace.fledge("plan").stdout.split()
+    built = workspace.build().tasks("web")
+    assert built == sorted((word for word in planned if word in built), key=built.index)
+
+
+def test_lock(workspace: Workspace) -> None:
+    result = workspace.fledge("lock")
+    content = json.loads((workspace.root / "fledge.lock").read_bytes())
+    manifest = content["images"]["oci:layouts/web linux/amd64"]["image"]["manifest"]
+    assert (result.code, result.stderr) == (0, "")
+    assert result.stdout == f"oci:layouts/web linux/amd64: {short(manifest)}\n"
+    assert not (workspace.root / "build").exists()
+    assert workspace.fledge("lock").stdout == ""
+    layout(workspace).write(BASE)
+    result = workspace.fledge("lock", "--update", "web")
+    assert re.fullmatch(rf"oci:layouts/web linux/amd64: \w{{12}} \(was {short(manifest)}\)\n", result.stdout)
+    workspace.add("api", "oci:../layouts/web")
+    (workspace.root / "layouts" / "web").rename(workspace.root / "layouts" / "new")
+    edit(workspace, "layouts/web", "layouts/new")
+    shutil.rmtree(workspace.root / "api")
+    assert "oci:layouts/web linux/amd64: dropped" in workspace.fledge("lock").stdout.splitlines()
+    assert list(json.loads((workspace.root / "fledge.lock").read_bytes())["images"]) == ["oci:layouts/new linux/amd64"]
+
+
+def test_lock_that_fails(workspace: Workspace) -> None:
+    workspace.add("api", "oci:../layouts/gone")
+    result = workspace.fledge("lock")
+    assert result.code == 1
+    assert "error: resolve:api: " in result.stderr
+    assert "oci:layouts/web linux/amd64: " in result.stdout
+    assert list(json.loads((workspace.root / "fledge.lock").read_bytes())["images"]) == ["oci:layouts/web linux/amd64"]
+
+
+def test_clean(workspace: Workspace) -> None:
+    (workspace.root / "cache").mkdir()
+    (workspace.root / "cache" / "README.md").write_text("mine")
+    workspace.add("api", "oci:../layouts/web", buffer_mb=1)
+    workspace.build()
+    result = workspace.fledge("clean", "api")
+    assert result.stdout.splitlines() == [
+        f"removed {workspace.output('api')}",
+        f"removed {workspace.output('api').with_name('manifest.json')}",
+    ]
+    assert not workspace.output("api").parent.exists()
+    assert workspace.output("web").exists()
+    assert workspace.fledge("clean").code == 0
+    assert workspace.fledge("clean").stdout == ""
+    assert list((workspace.root / "build").rglob("*")) == []
+    assert workspace.build().stages("web") == ["assemble", "manifest"]
+    assert workspace.fledge("clean", "--cache", "web").code == 2
+    assert workspace.fledge("clean", "--cache").code == 0
+    assert [path.name for path in (workspace.root / "cache").iterdir()] == ["README.md"]
+    assert (workspace.root / "fledge.lock").exists()
+    assert "unpack" in workspace.build().stages("web")
+
+
+def test_doctor(workspace: Workspace, tmp_path: Path) -> None:
+    need("skopeo")
+    result = workspace.fledge("doctor")
+    assert result.code == 0
+    lines = {line[9:].split()[0]: line for line in result.stdout.splitlines()}
+    assert {"skopeo", "mke2fs", "libext2fs", "e2fsck", "mkfs.xfs", "mkfs.btrfs", "docker", "cache", "reflinks"} == set(
+        lines
+    )
+    assert re.match(r"ok\s+mke2fs\s+1\.\d+\.\d+: ext4", lines["mke2fs"])
+    assert lines["cache"].endswith(str(workspace.root / "cache"))
+    assert not (workspace.root / "cache").exists()
+    (tmp_path / "bin").mkdir()
+    poor = Workspace(workspace.root, workspace.home, env={"PATH": str(tmp_path / "bin")}).fledge("doctor")
+    assert poor.code == 1
+    assert re.search(r"MISSING\s+skopeo\s+skopeo is not installed .*apt-get install skopeo", poor.stdout)
+
+
+def test_version_and_help(workspace: Workspace) -> None:
+    assert re.fullmatch(r"fledge, version \d+\.\d+\.\d+\n", workspace.fledge("--version").stdout)
+    for command in ((), ("build",), ("plan",), ("lock",), ("clean",), ("doctor",)):
+        result = workspace.fledge(*command, "--help")
+        assert result.code == 0
+        assert "Usage: fledge" in result.stdout
