@@ -8,6 +8,7 @@ Nothing is built here, and nothing is written but the index.
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -288,7 +289,7 @@ def source_date_epoch() -> int | None:
     text = os.environ.get(EPOCH_VARIABLE)
     if not text:
         return None
-    if not text.isdecimal() or int(text) >= _MAX_EPOCH:
+    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) >= _MAX_EPOCH:
         raise InputError(
             f"found {text!r}, expected seconds since 1970 below {_MAX_EPOCH}", where=f"variable {EPOCH_VARIABLE}"
         )

@@ -46,6 +46,8 @@ class Tool:
             output = run(["/bin/sh", "-c", 'exec "$@" 2>&1', "sh", path, *self.arguments]).decode(errors="replace")
         except CommandError as error:
             raise ToolError(f"{self.name} does not say its version: {error.message}") from None
+        if not output.strip():
+            raise ToolError(f"{self.name} does not say its version: it printed nothing", where=str(path))
         match = _VERSION.search(output)
         version = match.group() if match else output.strip().splitlines()[0]
         if index:

@@ -72,8 +72,8 @@ def test_hello_is_made_of_the_same_bytes_each_time(copy: Path) -> None:
 def test_doit_runs_the_same_graph(copy: Path, examples: Path, tmp_path: Path) -> None:
     expected = Workspace(copy / "hello", tmp_path)
     checksum = expected.build().image("hello")["sha256"]
-    shutil.copytree(examples / "hello", tmp_path / "doit")
-    workspace = Workspace(tmp_path / "doit", tmp_path)
+    shutil.copytree(examples / "hello", tmp_path / "doit" / "hello")
+    workspace = Workspace(tmp_path / "doit" / "hello", tmp_path)
     assert "build" in doit(workspace, "list")
     assert not workspace.output("hello").exists()
     doit(workspace)

@@ -127,7 +127,7 @@ CASES: dict[str, tuple[Stack, str | None]] = {
         "a/ a/f=1 b/ b/f=2 l->b"),
     "a hard link to a symlink changes a path": (
         [[folder("a/b"), symlink("s", "a/b"), symlink("l", "x/../y"), f("l/f", "1"), hardlink("x", "s"), f("l/g", "2")]],
-        "a/ a/b/ a/y/ a/y/g=2 l->x/../y s->a/b x->a/b y/ y/f=1"),
+        "a/ a/b/ a/y/ a/y/g=2 l->x/../y s->a/b x=s y/ y/f=1"),
     "loop": ([[symlink("a", "b"), symlink("b", "a"), f("a/f", "1")]], None),
     "loop onto itself": ([[symlink("a", "a"), f("a/f", "1")]], None),
     "loop, whiteout": ([[symlink("a", "a"), hide("a/f")]], None),
@@ -180,9 +180,7 @@ def merged(stack: Stack) -> tuple[Inode, dict[int, bytes]]:
     """Return the tree, and the data of its files by the identity of their entries."""
     layers = [(f"layer {at}", unpacked(members), members) for at, members in enumerate(stack)]
     data = {
-        id(entry): member.data
-        for _, entries, members in layers
-        for entry, member in zip(entries, members, strict=True)
+        id(entry): member.data for _, entries, members in layers for entry, member in zip(entries, members, strict=True)
     }
     root = merge([Layer(name, entries) for name, entries, _ in layers], DEFAULT_NS)
     return root, data
@@ -355,11 +353,13 @@ def in_memory(stack: Stack) -> dict[str, tuple[str, int]]:
     return result
 
 
-def without_times_of_made_folders(tree: dict[str, tuple[str, int]], made: set[str]) -> dict[str, tuple[str, int]]:
-    """Leave out the times of folders that no entry describes: umoci gives them the time of the day."""
-    return {
-        path: (" ".join(text.split(" ")[:2]) if path in made else text, first) for path, (text, first) in tree.items()
-    }
+def _time(text: str) -> int:
+    return int(text.split()[2])
+
+
+def without_times(tree: dict[str, tuple[str, int]], paths: set[str]) -> dict[str, tuple[str, int]]:
+    """Leave the times of some paths out."""
+    return {path: (" ".join(text.split()[:2]) if path in paths else text, first) for path, (text, first) in tree.items()}
 
 
 def test_umoci_agrees(tmp_path: Path) -> None:
@@ -397,8 +397,9 @@ def test_umoci_agrees(tmp_path: Path) -> None:
             ours = None
         theirs = on_host(bundle) if done.returncode == 0 else None
         if ours is not None and theirs is not None:
-            made = {path for path, (text, _) in ours.items() if f" {DEFAULT_NS} " in text}
-            ours, theirs = (without_times_of_made_folders(tree, made) for tree in (ours, theirs))
+            # A folder that no entry describes, or that a whiteout reached into, has the time of the day there.
+            today = {path for path, (text, _) in theirs.items() if text.startswith("d") and _time(text) > 10**18}
+            ours, theirs = without_times(ours, today), without_times(theirs, today)
         if ours != theirs:
             differing.append((name, ours, theirs if theirs is not None else done.stderr.decode()))
     assert differing == []
