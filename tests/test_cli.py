@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import click
 import pytest
 
 from fledge_tasks.digest import is_digest, short
+from fledge_tasks.errors import LockError
 from tests.layers import Member, archive, compress, folder
 from tests.layouts import Layout, Place
 from tests.tools import need
@@ -33,6 +35,12 @@ def workspace(tmp_path: Path) -> Workspace:
     (place.add("web", "oci:../layouts/web", buffer_mb=1, mappings={"conf": "/srv/conf"}) / "conf").write_text("one\n")
     place.layout("web").write(BASE, MORE)
     return Workspace(place.root, place.home)
+
+
+@pytest.fixture
+def inside(workspace: Workspace) -> Place:
+    """The same, with commands that run in this process: for tests of many commands."""
+    return Place(workspace.root, workspace.home)
 
 
 def layout(workspace: Workspace) -> Layout:
@@ -420,22 +428,55 @@ def test_a_reader_that_has_seen_enough(workspace: Workspace) -> None:
     assert "BrokenPipe" not in done.stderr
 
 
+# --- several at once ---------------------------------------------------------------------------------------------
+
+
+def test_builds_at_once_share_their_work(workspace: Workspace, tmp_path: Path) -> None:
+    """One workspace, and another one with the same cache: nothing clashes, nothing is built twice."""
+    other = Workspace(tmp_path / "other", workspace.home, workspace.root / "cache")
+    shutil.copytree(workspace.root, other.root)
+    running = [
+        subprocess.Popen(
+            each.command("build", "--json"),
+            env=each.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for each in (workspace, workspace, other, other)
+    ]
+    results = []
+    for process in running:
+        output, errors = process.communicate(timeout=60)
+        results.append(Result(process.returncode, output, errors))
+    assert [(result.code, result.stderr) for result in results] == [(0, "")] * 4
+    sums = {sha256_of(workspace.output("web")), sha256_of(other.output("web"))}
+    assert sums == {result.image("web")["sha256"] for result in results}
+    assert len(sums) == 1
+    built = sorted(task for result in results for task in result.tasks("web") if task.startswith(("unpack", "mkfs")))
+    assert len(built) == 3
+    assert len(set(built)) == 3
+    assert list((workspace.root / "cache").joinpath("aside").rglob("*")) == []
+    assert {path.name for path in workspace.leftovers()} == {"rootfs.img", "manifest.json", ".fledge.json"}
+
+
 # --- plan, lock, clean, doctor ---------------------------------------------------------------------------------
 
 
-def test_plan(workspace: Workspace) -> None:
+def test_plan(inside: Place) -> None:
     def plan(*arguments: str) -> list[str]:
-        result = workspace.fledge("plan", *arguments)
+        result = inside.fledge("plan", *arguments)
         assert (result.code, result.stderr) == (0, "")
         return [" ".join(line.split()) for line in result.stdout.splitlines()]
 
     first = plan()
     assert first[:2] == ["web:", "resolve:web oci:layouts/web linux/amd64 is not in fledge.lock"]
-    assert not (workspace.root / "fledge.lock").exists()
-    assert not (workspace.root / "cache" / "objects").exists()
-    assert not (workspace.root / "build").exists()
-    workspace.fledge("lock")
-    found = layout(workspace)
+    assert not (inside.root / "fledge.lock").exists()
+    assert not (inside.root / "cache" / "objects").exists()
+    assert not (inside.root / "build").exists()
+    inside.fledge("lock")
+    found = layout(inside)
     names = [short(diff_id) for diff_id in found.diff_ids]
     sizes = [found.blob(number).stat().st_size for number in range(2)]
     assert plan() == [
@@ -448,32 +489,32 @@ def test_plan(workspace: Workspace) -> None:
         "assemble:web rootfs.img is not there",
         "manifest:web the image file is made anew",
     ]
-    workspace.build()
+    inside.build()
     assert plan() == plan("web") == ["web: up to date"]
-    (workspace.root / "web" / "conf").write_text("two\n")
+    (inside.root / "web" / "conf").write_text("two\n")
     assert plan() == [
         "web:",
         "mkfs:web no such filesystem in the cache",
         "assemble:web what goes in has changed",
         "manifest:web the image file is made anew",
     ]
-    (workspace.root / "web" / "conf").write_text("one\n")
-    workspace.output("web").touch()
+    (inside.root / "web" / "conf").write_text("one\n")
+    inside.output("web").touch()
     assert plan()[1] == "assemble:web rootfs.img was changed since it was written"
-    workspace.build()
-    workspace.output("web").with_name("manifest.json").unlink()
+    inside.build()
+    inside.output("web").with_name("manifest.json").unlink()
     assert plan() == ["web:", "manifest:web manifest.json is not there"]
-    layout(workspace).write(BASE)
+    layout(inside).write(BASE)
     assert plan()[1] == "resolve:web oci:../layouts/web is another image than fledge.lock says"
-    refused_plan = workspace.fledge("plan", "--locked")
-    assert refused_plan.code == 2
-    assert not workspace.output("web").with_name("manifest.json").exists()
+    with pytest.raises(LockError):
+        plan("--locked")
+    assert not inside.output("web").with_name("manifest.json").exists()
 
 
-def test_what_is_planned_is_what_is_built(workspace: Workspace) -> None:
-    workspace.fledge("lock")
-    planned = workspace.fledge("plan").stdout.split()
-    built = workspace.build().tasks("web")
+def test_what_is_planned_is_what_is_built(inside: Place) -> None:
+    inside.fledge("lock")
+    planned = inside.fledge("plan").stdout.split()
+    built = inside.build().tasks("web")
     assert built == sorted((word for word in planned if word in built), key=built.index)
 
 
@@ -505,27 +546,28 @@ def test_lock_that_fails(workspace: Workspace) -> None:
     assert list(json.loads((workspace.root / "fledge.lock").read_bytes())["images"]) == ["oci:layouts/web linux/amd64"]
 
 
-def test_clean(workspace: Workspace) -> None:
-    (workspace.root / "cache").mkdir()
-    (workspace.root / "cache" / "README.md").write_text("mine")
-    workspace.add("api", "oci:../layouts/web", buffer_mb=1)
-    workspace.build()
-    result = workspace.fledge("clean", "api")
+def test_clean(inside: Place) -> None:
+    (inside.root / "cache").mkdir()
+    (inside.root / "cache" / "README.md").write_text("mine")
+    inside.add("api", "oci:../layouts/web", buffer_mb=1)
+    inside.build()
+    result = inside.fledge("clean", "api")
     assert result.stdout.splitlines() == [
-        f"removed {workspace.output('api')}",
-        f"removed {workspace.output('api').with_name('manifest.json')}",
+        f"removed {inside.output('api')}",
+        f"removed {inside.output('api').with_name('manifest.json')}",
     ]
-    assert not workspace.output("api").parent.exists()
-    assert workspace.output("web").exists()
-    assert workspace.fledge("clean").code == 0
-    assert workspace.fledge("clean").stdout == ""
-    assert list((workspace.root / "build").rglob("*")) == []
-    assert workspace.build().stages("web") == ["assemble", "manifest"]
-    assert workspace.fledge("clean", "--cache", "web").code == 2
-    assert workspace.fledge("clean", "--cache").code == 0
-    assert [path.name for path in (workspace.root / "cache").iterdir()] == ["README.md"]
-    assert (workspace.root / "fledge.lock").exists()
-    assert "unpack" in workspace.build().stages("web")
+    assert not inside.output("api").parent.exists()
+    assert inside.output("web").exists()
+    assert inside.fledge("clean").code == 0
+    assert inside.fledge("clean").stdout == ""
+    assert list((inside.root / "build").rglob("*")) == []
+    assert inside.build().stages("web") == ["assemble", "manifest"]
+    with pytest.raises(click.UsageError, match="leave out the names"):
+        inside.fledge("clean", "--cache", "web")
+    assert inside.fledge("clean", "--cache").code == 0
+    assert [path.name for path in (inside.root / "cache").iterdir()] == ["README.md"]
+    assert (inside.root / "fledge.lock").exists()
+    assert "unpack" in inside.build().stages("web")
 
 
 def test_doctor(workspace: Workspace, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ _BLOCKS_PER_GROUP = 32_768
 _MAX_INODES_PER_GROUP = 32_768 - 256  # leaves room for rounding up
 _MIN_BLOCKS_PER_GROUP = 4_096
 _INODES_PER_BLOCK = 16
+_RESERVED_INODES = 10
 _MIN_JOURNAL_BLOCKS = 2_048  # below that, mke2fs makes none (ext2fs_default_journal_size in mkjournal.c)
 _TOLERANCE_BLOCKS = 64
 _MIB_BLOCKS = 256
@@ -79,7 +80,9 @@ def create(image: Path, scratch: Path, parameters: Parameters, *, needed_blocks:
     configuration = scratch / "mke2fs.conf"
     configuration.write_text(_CONFIGURATION)
     wanted = needed_blocks + -(-parameters.buffer_bytes // BLOCK_BYTES)
-    total_inodes = inodes + max(MIN_FREE_INODES, inodes // 5, parameters.buffer_bytes // BYTES_PER_FREE_INODE)
+    total_inodes = (
+        _RESERVED_INODES + inodes + max(MIN_FREE_INODES, inodes // 5, parameters.buffer_bytes // BYTES_PER_FREE_INODE)
+    )
     # What follows from the size by steps is settled first: then a block more is a block more free.
     journal_mib = _journal_mib(wanted)
     # Inodes fill a filesystem up that would be too small to have a journal.

@@ -207,7 +207,7 @@ def test_disk_full(workspace: Workspace, layout: Path, place: str) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "none", small], check=True, env={"PATH": PATH})
     try:
         workspace.add("web", f"oci:{layout}:latest")
-        refused(workspace, 1, "No space left on device")
+        refused(workspace, 1, "no space left on the disk")
     finally:
         subprocess.run(["umount", small], check=True, env={"PATH": PATH})
     shutil.rmtree(small)
