@@ -3,7 +3,8 @@
     fledge.lock = {"version": 1,
                    "images": {"<reference> <platform>": locked image},
                    "agents": {"<agent>": {"digest"}}}
-    locked image = {"origin", "manifest", "config", "platform", "layers": [layer], "identity", "created"}
+    locked image = {"image": image, "identity", "created"}
+    image        = {"origin", "manifest", "config", "platform", "layers": [layer]}
     layer        = {"diff_id", "blob", "size", "media_type"}
 
 Paths in references are relative to the workspace. `identity` is what a local source is recognised

@@ -7,6 +7,7 @@ exception ends the wait, the whole process group is ended too, and it does not o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shlex
@@ -91,7 +92,7 @@ def run(
     ended = (
         f"exited with {process.returncode}"
         if process.returncode > 0
-        else f"was killed by {signal.Signals(-process.returncode).name}"
+        else f"was killed by {_signal_name(-process.returncode)}"
     )
     raise CommandError(
         f"{Path(command[0]).name} {ended}\n  command: {replay}\n  {stderr.strip() or '(it printed nothing)'}",
@@ -113,17 +114,20 @@ def _die_with_parent() -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(_TERMINATE_SECONDS)
-        except ProcessLookupError:
-            process.wait()
-        except subprocess.TimeoutExpired:
-            continue
-        break
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(_TERMINATE_SECONDS)
+    # Whatever became of the leader: its children may be slower, or not listen at all.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
     if process.stdout:
         process.stdout.close()
+
+
+def _signal_name(number: int) -> str:
+    # Most real-time signals have no name.
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def _tail(file: IO[bytes]) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from click.testing import CliRunner
+import pytest
 
-from fledge_tasks.cli import cli
+from fledge_tasks.cli import main
 from tests.layers import Compression, Member, archive, compress, digest
 from tests.workspaces import Result, Workspace
 
@@ -90,7 +94,7 @@ class Layout:
 
 
 class Place(Workspace):
-    """A workspace whose commands run in this process: much quicker, and the test sees the exception.
+    """A workspace whose commands run in this process, which is much quicker.
 
     `layouts/` holds its images; `env` is of no effect, tests set their own.
     """
@@ -106,8 +110,17 @@ class Place(Workspace):
         return self.layout(name).write(*layers)
 
     def fledge(self, *arguments: str, timeout: float = 0) -> Result:  # noqa: ARG002
-        """Run `fledge` to its end. Raises what the command line would have shown."""
-        done = CliRunner().invoke(cli, ["-C", str(self.root), *arguments], standalone_mode=False)
-        if done.exception is not None:
-            raise done.exception
-        return Result(int(done.return_value or 0), done.stdout, done.stderr)
+        """Run `fledge` to its end."""
+        with (
+            mock.patch.object(sys, "argv", ["fledge", "-C", str(self.root), *arguments]),
+            io.TextIOWrapper(io.BytesIO(), write_through=True) as stdout,
+            io.TextIOWrapper(io.BytesIO(), write_through=True) as stderr,
+        ):
+            with (
+                contextlib.redirect_stdout(stdout),
+                contextlib.redirect_stderr(stderr),
+                pytest.raises(SystemExit) as end,
+            ):
+                main()
+            printed = [stream.buffer.getvalue().decode() for stream in (stdout, stderr)]  # type: ignore[attr-defined]
+        return Result(int(end.value.code or 0), *printed)

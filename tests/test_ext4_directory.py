@@ -139,8 +139,8 @@ def test_second_level(count: int, blocks: int) -> None:
 
 
 def test_names_of_equal_hash_go_on_in_the_next_node() -> None:
-    names = [b"%06d" % at + b"n" * 249 for at in range(1030 * 15)]
-    assert len(check(names, lambda _: (6, 0))) == 1 + 3 + 1030
+    names = [b"%06d" % at + b"n" * 249 for at in range(513 * 15)]
+    assert len(check(names, lambda _: (6, 0))) == 1 + 2 + 513
 
 
 def test_third_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -451,26 +451,3 @@ def test_a_damaged_layer_raises_nothing_but_layer_errors(tmp_path: Path, changes
         except FledgeError as error:
             assert isinstance(error, LayerError)  # noqa: PT017
             assert error.where == "layer 1"  # noqa: PT017
-
-
-def test_add_file(tmp_path: Path) -> None:
-    data = random.Random(5).randbytes(5_000_000)
-    (tmp_path / "file").write_bytes(data)
-    with (tmp_path / "payload").open("wb", buffering=0) as file, (tmp_path / "file").open("rb") as source:
-        payload = PayloadWriter(file.fileno())
-        payload.write(memoryview(b"first"))
-        payload.pad()
-        assert payload.block == 1
-        assert payload.add_file(source.fileno(), len(data)) == 1
-        assert payload.block == 1 + -(-len(data) // BLOCK)
-        assert payload.add_file(source.fileno(), 0) == payload.block
-        source.seek(0)
-        with pytest.raises(ValueError, match="more than the 4999999 bytes"):
-            payload.add_file(source.fileno(), len(data) - 1)
-        source.seek(0)
-        with pytest.raises(ValueError, match="has 5000000 bytes, 5000001 were expected"):
-            payload.add_file(source.fileno(), len(data) + 1)
-        size, found = payload.close()
-    stored = (tmp_path / "payload").read_bytes()
-    assert (size, found) == (len(stored), xxhash.xxh3_128_hexdigest(stored))
-    assert stored.startswith(b"first".ljust(BLOCK, b"\0") + data)

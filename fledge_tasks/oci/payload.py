@@ -6,7 +6,6 @@ megabytes of payload, and none per file. While one buffer fills, a thread hashes
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import xxhash
@@ -71,26 +70,6 @@ class PayloadWriter:
         end = fill + -fill % BLOCK_BYTES
         self._buffer[fill:end] = _ZEROS[: end - fill]
         self._fill = end
-
-    def add_file(self, fd: int, size: int) -> int:
-        """Append the `size` bytes from the position of `fd` to its end, padded, and return their first block.
-
-        Raises ValueError when there are fewer or more, OSError when they cannot be read.
-        """
-        block = self.block
-        left = size
-        while left:
-            if self._fill == _BUFFER_BYTES:
-                self._flush()
-            count = os.readv(fd, [self._buffer[self._fill : self._fill + left]])
-            if not count:
-                raise ValueError(f"the file has {size - left} bytes, {size} were expected")
-            self._fill += count
-            left -= count
-        if os.read(fd, 1):
-            raise ValueError(f"the file has more than the {size} bytes that were expected")
-        self.pad()
-        return block
 
     def close(self) -> tuple[int, str]:
         """Write what is buffered; return the size in bytes and the XXH3-128 (hexadecimal) of the payload.

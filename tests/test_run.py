@@ -1,0 +1,194 @@
+"""Starting programs: their environment, their failures, and that none outlives us."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fledge_tasks.errors import CommandError, ToolError
+from fledge_tasks.run import PASSED, STDERR_TAIL_BYTES, package_of, run
+
+
+def sh(script: str) -> bytes:
+    return run(["sh", "-c", script])
+
+
+def failure(script: str) -> CommandError:
+    with pytest.raises(CommandError) as caught:
+        sh(script)
+    return caught.value
+
+
+def test_stdout_is_returned() -> None:
+    assert sh(r"printf 'a\0\377'; echo not this >&2") == b"a\0\xff"
+
+
+def test_much_output_on_both_sides_does_not_block() -> None:
+    assert len(sh("head -c 3000000 /dev/zero >&2; head -c 3000000 /dev/zero")) == 3_000_000
+
+
+def test_missing_program() -> None:
+    with pytest.raises(ToolError) as caught:
+        run(["fledge-no-such-program", "--version"])
+    assert caught.value.message == "fledge-no-such-program is not installed (not found on PATH)"
+    assert caught.value.hint == "install it, for example: sudo apt-get install fledge-no-such-program"
+
+
+def test_package_names() -> None:
+    assert package_of("/usr/sbin/mke2fs") == "e2fsprogs"
+    assert package_of("mkfs.xfs") == "xfsprogs"
+    assert package_of("skopeo") == "skopeo"
+
+
+def test_program_that_may_not_be_started(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/bin/sh\n")
+    with pytest.raises(ToolError, match="script cannot be started: Permission denied"):
+        run([script])
+
+
+def test_exit_code_stderr_and_a_line_that_runs_it_again() -> None:
+    script = "echo 'what went wrong' >&2; exit 3"
+    with pytest.raises(CommandError) as caught:
+        run(["sh", "-c", script, "a b"], env={"WHERE": "x y"}, hint="do this")
+    error = caught.value
+    assert (error.returncode, error.stderr, error.hint) == (3, "what went wrong\n", "do this")
+    head, replay, tail = error.message.split("\n")
+    assert (head, tail) == ("sh exited with 3", "  what went wrong")
+    assert replay == f"  command: WHERE='x y' sh -c {shlex.quote(script)} 'a b'"
+    again = subprocess.run(replay.removeprefix("  command: "), shell=True, capture_output=True, check=False)
+    assert (again.returncode, again.stderr) == (3, b"what went wrong\n")
+
+
+def test_only_the_end_of_stderr_is_kept() -> None:
+    error = failure("seq 100000 >&2; exit 1")
+    assert len(error.stderr) == STDERR_TAIL_BYTES
+    assert error.stderr.endswith("\n99999\n100000\n")
+
+
+def test_silent_failure_and_odd_bytes() -> None:
+    assert failure("exit 1").message.endswith("(it printed nothing)")
+    assert failure(r"printf '\377' >&2; exit 1").stderr == "\ufffd"
+
+
+@pytest.mark.parametrize(("number", "name"), [(9, "SIGKILL"), (15, "SIGTERM"), (40, "signal 40")])
+def test_program_killed_by_a_signal(number: int, name: str) -> None:
+    error = failure(f"kill -{number} $$")
+    assert error.returncode == -number
+    assert error.message.startswith(f"sh was killed by {name}\n")
+
+
+def test_nothing_of_ours_leaks_into_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MKE2FS_CONFIG", "LANG", "LC_MESSAGES", "PYTHONPATH", "E2FSPROGS_FAKE_TIME", "LD_PRELOAD_NOT"):
+        monkeypatch.setenv(name, "leak")
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
+    lines = run(["env"], env={"EXTRA": "1"}).decode().splitlines()
+    found = dict(line.split("=", 1) for line in lines)
+    assert set(found) <= {*PASSED, "LC_ALL", "TZ", "EXTRA"}
+    assert (found["LC_ALL"], found["TZ"], found["EXTRA"]) == ("C.UTF-8", "UTC", "1")
+    assert found["https_proxy"] == "http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize("path", ["/usr/bin:/bin", None])
+def test_path_holds_the_folders_of_mke2fs(path: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path is None:
+        monkeypatch.delenv("PATH")
+    else:
+        monkeypatch.setenv("PATH", path)
+    folders = run(["/usr/bin/env"]).decode().split("PATH=")[1].splitlines()[0].split(":")
+    assert folders[-2:] == ["/usr/sbin", "/sbin"]
+    assert "/bin" in folders
+
+
+def test_stdin_is_closed_and_no_descriptor_is_inherited(tmp_path: Path) -> None:
+    assert sh("cat") == b""
+    with (tmp_path / "open").open("wb") as file:
+        os.set_inheritable(file.fileno(), True)
+        assert str(tmp_path) not in sh("ls -l /proc/self/fd").decode()
+
+
+def test_working_folder(tmp_path: Path) -> None:
+    assert run(["pwd"], cwd=tmp_path).decode().strip() == str(tmp_path.resolve())
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def is_running(number: int) -> bool:
+    try:
+        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+CALLER = """
+    import signal, sys
+    from fledge_tasks.run import run
+    def end(*_):
+        raise SystemExit(5)
+    signal.signal(signal.SIGTERM, end)
+    run(["sh", "-c", sys.argv[1]])
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "sleep 100 & echo $! > child; echo $$ > leader; wait",
+        "(trap '' TERM; echo $(exec sh -c 'echo $PPID') > child; while :; do sleep 100; done) & echo $$ > leader; wait",
+        "trap '' TERM; sleep 100 & echo $! > child; echo $$ > leader; while :; do wait; done",
+    ],
+    ids=["both end at once", "the child ignores SIGTERM", "the leader ignores SIGTERM"],
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_call_ends_the_whole_group(tmp_path: Path, script: str, number: signal.Signals) -> None:
+    caller = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(CALLER), f"cd {shlex.quote(str(tmp_path))}; {script}"],
+        cwd=Path(__file__).parents[1],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        names = [tmp_path / "leader", tmp_path / "child"]
+        assert wait_for(lambda: all(name.exists() and name.read_text().endswith("\n") for name in names))
+        processes = [int(name.read_text()) for name in names]
+        assert all(is_running(process) for process in processes)
+        time.sleep(0.2)  # let it come back from starting the program
+        caller.send_signal(number)
+        assert caller.wait(15) != 0
+        assert wait_for(lambda: not any(is_running(process) for process in processes), 1)
+    finally:
+        caller.kill()
+        caller.wait()
+
+
+def test_a_killed_caller_takes_the_program_with_it(tmp_path: Path) -> None:
+    caller = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(CALLER), "echo $$ > $TMPDIR/leader; exec sleep 100"],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    leader = tmp_path / "leader"
+    assert wait_for(lambda: leader.exists() and leader.read_text().endswith("\n"))
+    number = int(leader.read_text())
+    caller.kill()
+    caller.wait()
+    assert wait_for(lambda: not is_running(number))
