@@ -60,12 +60,13 @@ def assemble(
         for number in sorted(image_map.sources()):
             sources[number] = os.open(payloads[number], os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, sources[number])
+        _check_lengths(image_map, sources)
         fd = stack.enter_context(replacing(target))
         os.ftruncate(fd, image_map.image_bytes)
         if preallocate:
             _allocate(fd, image_map.image_bytes)
         hasher = stack.enter_context(_Hasher(image_map, skeleton, sources, fd))
-        copier = RangeCopier(fd, advance, may_clone=not preallocate)
+        copier = RangeCopier(fd, advance, may_share=not preallocate)
         for extent in image_map.extents:
             copier.copy(
                 sources[extent.source],
@@ -75,6 +76,13 @@ def assemble(
             )
         digest = hasher.result()
     return Assembled(digest, image_map.image_bytes, copier.shared_bytes, copier.copied_bytes)
+
+
+def _check_lengths(image_map: ImageMap, sources: Mapping[int, int]) -> None:
+    sizes = {number: os.fstat(fd).st_size for number, fd in sources.items()}
+    for extent in image_map.extents:
+        if (extent.payload_block + extent.count) * BLOCK_BYTES > sizes[extent.source]:
+            raise StoreError(f"payload {extent.source} ends before the data that the image map expects in it")
 
 
 def _allocate(fd: int, size: int) -> None:
@@ -136,8 +144,10 @@ class _Hasher:
             with self._skeleton.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as reader:
                 for block, source, payload_block, count in segments(self._map):
                     self._segment(reader, block, source, payload_block, count)
-        except (OSError, StoreError, zstandard.ZstdError) as error:
+        except (OSError, StoreError) as error:
             self._failure = error
+        except zstandard.ZstdError as error:
+            self._failure = StoreError(f"not a skeleton: {error}", where=str(self._skeleton))
 
     def _segment(
         self, reader: zstandard.ZstdDecompressionReader, block: int, source: int, payload_block: int, count: int

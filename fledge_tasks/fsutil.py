@@ -37,7 +37,8 @@ def remove_stale(target: Path) -> None:
     prefix = f"{TEMP_PREFIX}{target.name}."
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(target.parent):
-            if entry.name.startswith(prefix):
+            # 'rootfs' does not own what 'rootfs.img' left: the rest of the name is the random part alone.
+            if entry.name.startswith(prefix) and "." not in entry.name[len(prefix) :]:
                 remove_tree(Path(entry.path))
 
 
@@ -214,15 +215,14 @@ class RangeCopier:
 
     FICLONERANGE shares the blocks; copy_file_range(2) copies inside the kernel; reading and writing
     works everywhere. A means that failed once is not tried again. `shared_bytes` and `copied_bytes`
-    count what was done how; `advance` is told the bytes as they are done. Without `may_clone` every
-    byte gets a block of its own.
+    count what was done how; `advance` is told the bytes as they are done. Without `may_share` every
+    byte gets a block of its own, so the kernel is not asked to copy either: where it can, it shares.
     """
 
-    def __init__(self, target: int, advance: Callable[[int], None], *, may_clone: bool = True) -> None:
+    def __init__(self, target: int, advance: Callable[[int], None], *, may_share: bool = True) -> None:
         self._target = target
         self._advance = advance
-        self._may_clone = may_clone
-        self._may_copy = True
+        self._may_clone = self._may_copy = may_share
         self.shared_bytes = 0
         self.copied_bytes = 0
 
@@ -246,6 +246,7 @@ class RangeCopier:
                 count = 0
             if count == 0:  # some filesystems answer 0 instead of an error
                 self._may_copy = False
+                break
             start_writeback(self._target, target_offset, count)
             self._advance(count)
             length, source_offset, target_offset = length - count, source_offset + count, target_offset + count

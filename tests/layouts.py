@@ -110,7 +110,9 @@ class Place(Workspace):
         return self.layout(name).write(*layers)
 
     def fledge(self, *arguments: str, timeout: float = 0) -> Result:  # noqa: ARG002
-        """Run `fledge` to its end."""
+        """Run `fledge` to its end, with one job if nothing else is said: the test process is costly to fork."""
+        if arguments[0] in {"build", "lock"} and "-j" not in arguments:
+            arguments = (*arguments, "-j", "1")
         with (
             mock.patch.object(sys, "argv", ["fledge", "-C", str(self.root), *arguments]),
             io.TextIOWrapper(io.BytesIO(), write_through=True) as stdout,
@@ -122,5 +124,5 @@ class Place(Workspace):
                 pytest.raises(SystemExit) as end,
             ):
                 main()
-            printed = [stream.buffer.getvalue().decode() for stream in (stdout, stderr)]  # type: ignore[attr-defined]
+            printed = [stream.buffer.getvalue().decode() for stream in (stdout, stderr)]
         return Result(int(end.value.code or 0), *printed)

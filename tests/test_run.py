@@ -141,11 +141,12 @@ def is_running(number: int) -> bool:
 
 CALLER = """
     import signal, sys
-    from fledge_tasks.run import run
+    from fledge_tasks import run
+    run._TERMINATE_SECONDS = 0.5
     def end(*_):
         raise SystemExit(5)
     signal.signal(signal.SIGTERM, end)
-    run(["sh", "-c", sys.argv[1]])
+    run.run(["sh", "-c", sys.argv[1]])
 """
 
 
