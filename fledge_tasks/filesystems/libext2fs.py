@@ -74,6 +74,7 @@ errcode_t ext2fs_xattr_set(struct ext2_xattr_handle *, const char *, const void 
 errcode_t ext2fs_xattrs_write(struct ext2_xattr_handle *);
 errcode_t ext2fs_xattrs_close(struct ext2_xattr_handle **);
 int ext2fs_get_library_version(const char **, const char **);
+void initialize_ext2_error_table(void);
 """
 
 _FLAG_RW, _FLAG_CHANGED, _FLAG_DIRTY, _FLAG_64BITS, _FLAG_MASTER_SB_ONLY = 0x01, 0x02, 0x04, 0x20000, 0x200
@@ -96,6 +97,7 @@ def _library() -> tuple[Any, Any]:
         raise ToolError(
             f"{LIBRARY} cannot be loaded: {error}", hint="install it, for example: sudo apt-get install e2fsprogs"
         ) from None
+    library.initialize_ext2_error_table()
     return ffi, (library, lambda code: com_err.string(messages.error_message(code)).decode())
 
 
