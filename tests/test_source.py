@@ -29,7 +29,6 @@ from fledge_tasks.errors import (
     SourceError,
     ToolError,
 )
-from fledge_tasks.oci import source
 from fledge_tasks.oci.layout import adopt
 from fledge_tasks.oci.manifest import Image, LayerRef
 from fledge_tasks.oci.reference import parse
@@ -653,7 +652,7 @@ def test_skopeo_is_needed(workspace: Workspace, monkeypatch: pytest.MonkeyPatch)
     def absent(argv: Sequence[str], **_: object) -> bytes:
         raise ToolError(f"{argv[0]} is not installed")
 
-    monkeypatch.setattr(source, "run", absent)
+    monkeypatch.setattr("fledge_tasks.oci.skopeo.run", absent)
     with pytest.raises(ToolError, match="skopeo"):
         workspace.resolve("docker://no.invalid/x")
 
@@ -693,7 +692,7 @@ def test_failures_of_skopeo_are_explained(
     def fails(argv: Sequence[str], **_: object) -> bytes:
         raise CommandError(f"skopeo exited with 1\n  command: {argv}\n  {stderr}", returncode=1, stderr=stderr)
 
-    monkeypatch.setattr(source, "run", fails)
+    monkeypatch.setattr("fledge_tasks.oci.skopeo.run", fails)
     with pytest.raises(SourceError) as caught:
         workspace.resolve("docker://host.invalid/x")
     assert type(caught.value) is kind
@@ -720,6 +719,6 @@ def test_foreign_layers_are_exported(workspace: Workspace, monkeypatch: pytest.M
         (folder / "manifest.json").write_text(json.dumps(manifest))
         return b""
 
-    monkeypatch.setattr(source, "run", exports)
+    monkeypatch.setattr("fledge_tasks.oci.skopeo.run", exports)
     assert sum(workspace.fetch("host.invalid/x:1", image, [layer])) == layer.size
     assert [argv[-2:] for argv in seen] == [[f"docker://host.invalid/x@{image.manifest}", "dir:export"]]

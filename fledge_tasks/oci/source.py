@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +19,6 @@ from pathlib import Path
 
 from fledge_tasks.digest import sha256_bytes, sha256_file
 from fledge_tasks.errors import (
-    BlobError,
-    CommandError,
     ImageNotFoundError,
     NoDaemonError,
     OfflineError,
@@ -42,7 +39,7 @@ from fledge_tasks.oci.manifest import (
     parse,
 )
 from fledge_tasks.oci.reference import PATH_TRANSPORTS, Reference
-from fledge_tasks.run import run
+from fledge_tasks.oci.skopeo import skopeo
 
 _POLL_SECONDS = 0.2
 _COPY = ("copy", "--quiet", "--remove-signatures", "--retry-times", "2")
@@ -125,7 +122,7 @@ def identity(
         return None
     where = _where(reference, folder)
     if reference.transport == "containers-storage":
-        return sha256_bytes(_skopeo(["inspect", "--raw", reference.canonical], where=where))
+        return sha256_bytes(skopeo(["inspect", "--raw", reference.canonical], where=where))
     path = _local_path(reference, folder)
     if reference.transport == "oci":
         with open_image(path, "oci", where) as local:
@@ -211,16 +208,16 @@ def _resolve_registry(reference: Reference, platform: Platform, scratch: Path, o
         raise OfflineError("the registry would have to be asked", where=where)
 
     def read(descriptor: Descriptor) -> bytes:
-        return _skopeo(["inspect", "--raw", f"docker://{reference.name}@{descriptor.digest}"], where=where)
+        return skopeo(["inspect", "--raw", f"docker://{reference.name}@{descriptor.digest}"], where=where)
 
     with _work_folder(scratch) as work:
-        top = _skopeo(["inspect", "--raw", f"docker://{reference.docker_name}"], where=where)
+        top = skopeo(["inspect", "--raw", f"docker://{reference.docker_name}"], where=where)
         if reference.digest and sha256_bytes(top) != reference.digest:
             raise wrong_blob(reference.digest, sha256_bytes(top), "a manifest of that digest", where)
         manifest = find_manifest(top, platform, read, where=where)
         digest = sha256_bytes(manifest)
         by_digest = f"docker://{reference.name}@{digest}"
-        config = _skopeo(["inspect", "--config", "--raw", by_digest], where=where, work=work)
+        config = skopeo(["inspect", "--config", "--raw", by_digest], where=where, work=work)
     image = image_from(manifest, config, origin="docker", platform=platform, where=where)
     return Resolution(image, config, identity=digest)
 
@@ -263,7 +260,7 @@ def _copy_from_registry(reference: Reference, image: Image, kept: set[str], work
     # Relative to the working folder, since ':' in a path confuses skopeo. Without the option it
     # would compress layers that are plain tars, under another digest.
     source = f"docker://{reference.name}@{image.manifest}"
-    _skopeo([*_COPY, "--dest-oci-accept-uncompressed-layers", source, "oci:layout"], where=where, work=work)
+    skopeo([*_COPY, "--dest-oci-accept-uncompressed-layers", source, "oci:layout"], where=where, work=work)
     return blobs
 
 
@@ -300,7 +297,7 @@ def _export(source: str, options: Sequence[str], platform: Platform, work: Path,
     override = ["--override-os", platform.os, "--override-arch", platform.architecture]
     if platform.variant:
         override += ["--override-variant", platform.variant]
-    _skopeo([*override, *_COPY, *options, source, "dir:export"], where=where, work=work)
+    skopeo([*override, *_COPY, *options, source, "dir:export"], where=where, work=work)
     return work / "export"
 
 
@@ -376,98 +373,3 @@ def _bytes_below(folder: Path, ignored: set[str]) -> int:
                 with contextlib.suppress(OSError):  # skopeo renames its files when they are whole
                     total += os.lstat(os.path.join(parent, name)).st_size
     return total
-
-
-def _skopeo(arguments: Sequence[str], *, where: str, work: Path | None = None) -> bytes:
-    # TMPDIR: skopeo would put whole images into /var/tmp.
-    env = {"TMPDIR": str(work)} if work else None
-    try:
-        return run(["skopeo", *arguments], cwd=work, env=env)
-    except CommandError as error:
-        raise _explained(error, where) from error
-
-
-_REGISTRIES_CONF = "in ~/.config/containers/registries.conf (see containers-registries.conf(5))"
-# What skopeo prints, from the most telling to the least: a registry's 'denied' may quote a 404.
-_FAILURES: tuple[tuple[str, type[SourceError], str, str | None], ...] = (
-    (
-        r"policy\.json: no such file|Source image rejected",
-        SourceError,
-        "skopeo's signature policy does not let it through",
-        "see containers-policy.json(5); distributions ship a default as /etc/containers/policy.json "
-        "(Debian: sudo apt-get install golang-github-containers-common)",
-    ),
-    (
-        r"reading JSON file .* permission denied",
-        SourceError,
-        "skopeo may not read its file with logins",
-        "set XDG_RUNTIME_DIR to a folder of yours, or REGISTRY_AUTH_FILE to a file",
-    ),
-    (r"no space left on device", SourceError, "there is no space left for it", "free some space, or set TMPDIR"),
-    (
-        r"server gave HTTP response to HTTPS client",
-        SourceError,
-        "the registry speaks plain HTTP",
-        f"allow it with `insecure = true` for its location {_REGISTRIES_CONF}",
-    ),
-    (
-        r"x509: |tls: ",
-        SourceError,
-        "the registry's TLS certificate is not accepted",
-        "put its CA certificate into /etc/containers/certs.d/<registry>/ca.crt, "
-        f"or set `insecure = true` for its location {_REGISTRIES_CONF}",
-    ),
-    (
-        r"toomanyrequests|429 \(?Too Many|too many requests",
-        SourceError,
-        "the registry limits the rate of requests",
-        "wait, or log in with `skopeo login <registry>` for a higher limit",
-    ),
-    (
-        r"unauthorized|authentication required|access to the resource is denied|denied:|invalid username/password|"
-        r"40[13] \((?:Unauthorized|Forbidden)\)|StatusCode: 40[13]",
-        SourceError,
-        "the registry does not let us read the image: it is private, or there is no such repository",
-        "check the name, or log in with `skopeo login <registry>`; "
-        "REGISTRY_AUTH_FILE may name another file with logins",
-    ),
-    (
-        r"manifest unknown|name unknown|repository name not known|404 \(?Not Found|StatusCode: 404|"
-        r"does not resolve to an image ID|identifier is not an image|Tag .* not found|Invalid source index|"
-        r"No such image|reference does not exist",
-        ImageNotFoundError,
-        "there is no such image",
-        "check the name and tag",
-    ),
-    (
-        r"Digest did not match|does not match expected sha256|unexpected EOF",
-        BlobError,
-        "a blob is not what its manifest promises",
-        "the source or the way to it damages data; push the image again, or look at mirrors and proxies",
-    ),
-    (
-        r"no such host|connection refused|connection reset|network is unreachable|no route to host|i/o timeout|"
-        r"TLS handshake timeout|deadline exceeded|StatusCode: 50\d|proxyconnect|: EOF",
-        SourceError,
-        "the source cannot be reached",
-        "check the network, the name of the registry and the proxy settings; --offline builds from what is cached",
-    ),
-)
-_SHA256 = r"(sha256:[0-9a-f]{64})"
-_GOT = re.compile(rf"expected {_SHA256}, got {_SHA256}")
-_NOT_EXPECTED = re.compile(rf"digest {_SHA256} does not match expected {_SHA256}")
-
-
-def _explained(error: CommandError, where: str) -> SourceError:
-    for pattern, kind, meaning, hint in _FAILURES:
-        if re.search(pattern, error.stderr):
-            return kind(f"{_mismatch(error.stderr) or meaning}\n  {error.message}", where=where, hint=hint)
-    return SourceError(error.message, where=where)
-
-
-def _mismatch(stderr: str) -> str | None:
-    if match := _GOT.search(stderr):
-        return f"blob {match[1]}: found {match[2]}"
-    if match := _NOT_EXPECTED.search(stderr):
-        return f"blob {match[2]}: found {match[1]}"
-    return None
