@@ -18,16 +18,14 @@ import msgspec
 import tomli
 
 from fledge_tasks.errors import ConfigError, Problem
-from fledge_tasks.manifest import (
-    CHECKSUM,
-    MANIFEST,
-    NAME,
+from fledge_tasks.manifest import CHECKSUM, MANIFEST, NAME, check
+from fledge_tasks.shapes import (
+    MAX_INTEGER,
     Finding,
     Shape,
     Table,
     TableOf,
     Value,
-    check,
     integer,
     is_url,
     join,
@@ -61,6 +59,19 @@ class Filesystem(msgspec.Struct, frozen=True):
     type: FilesystemType
     size_buffer_mb: int
     preallocate: bool = False
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """`[limits]`: what one layer may come to, so that a hostile one cannot fill disk or memory.
+
+    layer_mb  MiB of its uncompressed archive
+    entries   members of its archive
+    ratio     how many times as large as the blob the archive may be, once it is over 1 GiB
+    """
+
+    layer_mb: int = 64 << 10
+    entries: int = 5_000_000
+    ratio: int = 200
 
 
 class Agent(msgspec.Struct, frozen=True):
@@ -102,6 +113,7 @@ class ImageConfig(msgspec.Struct, frozen=True):
     mappings: tuple[Mapping, ...]
     agent: Agent | None
     manifest: dict[str, object]
+    limits: Limits = Limits()
 
 
 def _is_destination(path: str) -> bool:
@@ -161,6 +173,9 @@ _FLEDGE: dict[str, Shape] = {
     "mappings": _MAPPINGS,
     "agent": _ANY_AGENT,
     "manifest": MANIFEST,
+    "limits": Table(
+        {"layer_mb": integer(1, MAX_SIZE_MB), "entries": integer(1, MAX_INTEGER), "ratio": integer(1, MAX_INTEGER)}
+    ),
 }
 
 
@@ -200,6 +215,7 @@ def load(path: Path, shown: str) -> ImageConfig:
         mappings=tuple(Mapping(source, destination) for _, source, destination in _mappings(document)),
         agent=_agent(document["agent"]) if "agent" in document else None,
         manifest=user,
+        limits=Limits(**document.get("limits", {})),
     )
 
 

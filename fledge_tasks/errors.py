@@ -71,19 +71,22 @@ class ToolError(FledgeError):
 
 
 class CommandError(FledgeError):
-    """A program that we started failed. `stderr` holds the tail of what it printed."""
+    """A program that we started failed. `stderr` holds the tail of what it complained, `output` its stdout."""
 
-    def __init__(self, message: str, *, returncode: int, stderr: str, hint: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, returncode: int, stderr: str, output: bytes = b"", hint: str | None = None
+    ) -> None:
         super().__init__(message, hint=hint)
         self.returncode = returncode
         self.stderr = stderr
+        self.output = output
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_command_error, (self.message, self.returncode, self.stderr, self.hint)
+        return _rebuild_command_error, (self.message, self.returncode, self.stderr, self.output, self.hint)
 
 
-def _rebuild_command_error(message: str, returncode: int, stderr: str, hint: str | None) -> CommandError:
-    return CommandError(message, returncode=returncode, stderr=stderr, hint=hint)
+def _rebuild_command_error(message: str, returncode: int, stderr: str, output: bytes, hint: str | None) -> CommandError:
+    return CommandError(message, returncode=returncode, stderr=stderr, output=output, hint=hint)
 
 
 class SourceError(FledgeError):
@@ -108,6 +111,10 @@ class BlobError(SourceError):
 
 class LayerError(FledgeError):
     """A layer is not a well-formed archive, or not the one its diff ID names."""
+
+
+class LimitError(LayerError):
+    """A layer comes to more than `[limits]` lets it."""
 
 
 class TreeError(FledgeError):

@@ -26,6 +26,7 @@ from fledge_tasks.keys import Agent, Assemble, Blob, Config, Content, Customize,
 from fledge_tasks.lock import LockedAgent, LockedImage, LockFile
 from fledge_tasks.mappings import MappedFile, expand
 from fledge_tasks.oci import reference
+from fledge_tasks.oci.limits import Limits
 from fledge_tasks.oci.manifest import LayerRef
 from fledge_tasks.oci.reference import Reference
 from fledge_tasks.store import Store
@@ -100,6 +101,7 @@ class Planner:
         self.offline = offline
         self.lock = LockFile(workspace.lock)
         self.digest_of = FileDigests(store.index)
+        self.limits = _limits(workspace)
         self._plans: dict[str, tuple[LockedImage, LockedAgent | None, ImagePlan]] = {}
         self._identities: dict[str, str | FledgeError | None] = {}
         self._expanded: dict[str, tuple[list[MappedFile], dict[str, Path]]] = {}
@@ -274,6 +276,16 @@ class Planner:
             output=self.workspace.output(image),
             manifest_output=self.workspace.manifest_output(image),
         )
+
+
+def _limits(workspace: Workspace) -> Limits:
+    """Return the limits of all layers: for each the most that an image asks for, since images share layers."""
+    each = [image.limits for image in workspace.images]
+    return Limits(
+        tar_bytes=max(limits.layer_mb for limits in each) << 20,
+        entries=max(limits.entries for limits in each),
+        ratio=max(limits.ratio for limits in each),
+    )
 
 
 def _check_type(image: ImageConfig) -> None:

@@ -15,7 +15,7 @@ import contextlib
 import gc
 import json
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ from fledge_tasks.oci.payload import PayloadWriter
 from fledge_tasks.plan import ImagePlan, Layer, Planner
 from fledge_tasks.progress import meter
 from fledge_tasks.store import Entry, Store
+from fledge_tasks.tree import Inode, merge
 from fledge_tasks.tree import Layer as TreeLayer
-from fledge_tasks.tree import merge
 
 Values = dict[str, Any]
 
@@ -122,6 +122,7 @@ def unpack(planner: Planner, plan: ImagePlan, layer: Layer) -> Values:
                     diff_id=layer.ref.diff_id,
                     blob_digest=layer.ref.blob,
                     blob_size=layer.ref.size,
+                    limits=planner.limits,
                     payload_fd=payload.fileno(),
                     index_file=index,
                     advance=progress.add,
@@ -147,13 +148,7 @@ def mkfs(planner: Planner, plan: ImagePlan) -> Values:
         customization = _customize(store, plan)
         if store.find(key) is not None:
             return HIT
-        layers = [
-            TreeLayer(f"{plan.image.name}: layer {short(layer.ref.diff_id)}", read_index(entry.file(INDEX)))
-            for layer, entry in zip(plan.layers, _unpacked(store, plan), strict=True)
-        ]
-        custom = read_index(customization.file(INDEX))
-        layers.append(TreeLayer(str(plan.image.file), custom, is_customization=True))
-        root = merge(layers, plan.mkfs.epoch * 1_000_000_000)
+        root = merged(plan, [*_unpacked(store, plan), customization])
         with store.staging(key) as folder, store.staging(key) as scratch:
             image = scratch / "image"
             filled = ext4.make(root, _parameters(plan), image, scratch)
@@ -161,6 +156,24 @@ def mkfs(planner: Planner, plan: ImagePlan) -> Values:
             info = {"image_bytes": made.image_bytes, "free_bytes": filled.free_bytes, "free_inodes": filled.free_inodes}
             entry = _publish(store, plan.mkfs, folder, info=info)
     return {"bytes": entry.size}
+
+
+def merged(plan: ImagePlan, sources: Sequence[Entry]) -> Inode:
+    """Return the tree of an image, whose `sources` are its unpacked layers and its customization."""
+    names = [*(f"{plan.image.name}: layer {short(layer.ref.diff_id)}" for layer in plan.layers), str(plan.image.file)]
+    layers = [
+        TreeLayer(name, read_index(entry.file(INDEX)), is_customization=entry is sources[-1])
+        for name, entry in zip(names, sources, strict=True)
+    ]
+    return merge(layers, plan.mkfs.epoch * 1_000_000_000)
+
+
+def sources_of(store: Store, plan: ImagePlan) -> list[Entry]:
+    """Return the entries whose payloads an image points into: layers, then customization. Raises StoreError."""
+    customization = store.find(plan.customize.key())
+    if customization is None:
+        raise _gone("the customization")
+    return [*_unpacked(store, plan), customization]
 
 
 @contextlib.contextmanager
@@ -250,10 +263,9 @@ def assemble(planner: Planner, plan: ImagePlan) -> Values:
         if isinstance(written, output.Written):
             return {**HIT, "sha256": written.sha256}
         made = store.find(plan.mkfs.key())
-        customization = store.find(plan.customize.key())
-        if made is None or customization is None:
+        if made is None:
             raise _gone("the filesystem")
-        sources = [*_unpacked(store, plan), customization]
+        sources = sources_of(store, plan)
         image_map = skeleton.read_map(made.file(MAP))
         progress = meter(sum(extent.count for extent in image_map.extents) * BLOCK_BYTES)
         with _writing(plan.output):

@@ -11,7 +11,7 @@ import msgspec
 from fledge_tasks.config import FILE_NAME, ImageConfig
 from fledge_tasks.config import load as load_config
 from fledge_tasks.errors import ConfigError, InputError, Problem
-from fledge_tasks.manifest import quoted, suggestion
+from fledge_tasks.shapes import quoted, suggestion
 
 CACHE_VARIABLE = "FLEDGE_CACHE_DIR"
 LOCK_NAME = "fledge.lock"

@@ -12,6 +12,10 @@ from typing import Literal
 
 import zstandard
 
+from fledge_tasks.oci.limits import Limits
+
+LIMITS = Limits(tar_bytes=1 << 30, entries=1_000_000, ratio=1000)
+
 Compression = Literal["gzip", "zstd", "none"]
 
 

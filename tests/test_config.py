@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fledge_tasks import config
-from fledge_tasks.config import Agent, Filesystem, ImageConfig, Mapping, Source
+from fledge_tasks.config import Agent, Filesystem, ImageConfig, Limits, Mapping, Source
 from fledge_tasks.errors import ConfigError
 
 MINIMAL = """
@@ -107,6 +107,10 @@ checksum = "%s"
 [manifest]
 name = "Web.1_x-y"
 labels = { a = "b" }
+[limits]
+layer_mb = 7
+entries = 8
+ratio = 9
 """ % ("AB" * 32)
     image = load(folder, content)
     assert image.name == "Web.1_x-y"
@@ -119,6 +123,7 @@ labels = { a = "b" }
     )
     assert image.agent == Agent("http", url="https://example.org/kestrel", checksum="sha256:" + "ab" * 32)
     assert image.manifest == {"name": "Web.1_x-y", "labels": {"a": "b"}}
+    assert image.limits == Limits(7, 8, 9)
 
 
 def test_records_are_frozen(folder: Path) -> None:
@@ -206,7 +211,7 @@ resources = { cpu_cores = 1.0 }
         "of the characters A-Z a-z 0-9 . _ -, the first a letter or digit",
         "web/fledge.toml: manifest.resources.cpu_cores: found float 1.0, expected an integer from 1 to 2147483647",
         "web/fledge.toml: filesytem: unknown key, allowed here: "
-        "version, strategy, source, filesystem, mappings, agent, manifest",
+        "version, strategy, source, filesystem, mappings, agent, manifest, limits",
         '  hint: did you mean "filesystem"?',
         'web/fledge.toml: filesystem.mappings."./a": found the destination "/etc//a", which mappings."./b" has already',
     ]

@@ -16,14 +16,17 @@ from typing import NamedTuple
 
 import pytest
 import xxhash
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fledge_tasks.errors import BlobError, FledgeError, LayerError
+from fledge_tasks.errors import BlobError, FledgeError, LayerError, LimitError
+from fledge_tasks.oci import limits
 from fledge_tasks.oci.layer import Unpacked, clean, unpack
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, Entry, Kind, Run, read_index
+from fledge_tasks.oci.limits import Limits
 from fledge_tasks.oci.payload import PayloadWriter
-from tests.layers import Compression, Member, archive, compress, digest, folder, hardlink, layer, symlink
+from tests.layers import LIMITS, Compression, Member, archive, compress, digest, folder, hardlink, layer, symlink
 
 BLOCK = BLOCK_BYTES
 
@@ -53,7 +56,13 @@ def _no_thread_is_left() -> Iterator[None]:
 
 
 def unpacked(
-    folder_: Path, blob: bytes, diff_id: str, *, blob_digest: str | None = None, blob_size: int | None = None
+    folder_: Path,
+    blob: bytes,
+    diff_id: str,
+    *,
+    blob_digest: str | None = None,
+    blob_size: int | None = None,
+    limits: Limits = LIMITS,
 ) -> Result:
     advanced: list[int] = []
     with (folder_ / "payload").open("wb", buffering=0) as payload, (folder_ / "index").open("wb") as index:
@@ -62,6 +71,7 @@ def unpacked(
             diff_id=diff_id,
             blob_digest=blob_digest or digest(blob),
             blob_size=len(blob) if blob_size is None else blob_size,
+            limits=limits,
             payload_fd=payload.fileno(),
             index_file=index,
             advance=advanced.append,
@@ -216,6 +226,38 @@ def test_limits(tmp_path: Path) -> None:
     refused(tmp_path, "to the root, or to nothing", hardlink("hard", "a/../.."))
     refused(tmp_path, "no device 4096:0", Member("dev", type=tarfile.CHRTYPE, rdev=(4096, 0)))
     refused(tmp_path, "no device 0:1048576", Member("dev", type=tarfile.BLKTYPE, rdev=(0, 1_048_576)))
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd", "none"])
+def test_what_a_layer_may_come_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: Compression) -> None:
+    tar = archive([Member(str(number), bytes(50_000)) for number in range(20)])
+    blob = compress(tar, compression)
+    monkeypatch.setattr(limits, "RATIO_FREE_BYTES", len(tar) - 1)
+    just = Limits(tar_bytes=len(tar), entries=20, ratio=-(-len(tar) // len(blob)))
+    assert len(unpacked(tmp_path, blob, digest(tar), limits=just).entries) == 20
+    for less, message, setting in (
+        (just._replace(tar_bytes=len(tar) - 1), f"archive has more than {len(tar) - 1} bytes", "layer_mb"),
+        (just._replace(entries=19), "more than 19 entries", "entries"),
+        (just._replace(ratio=just.ratio - 1, tar_bytes=1 << 40), rf"in a blob of {len(blob)}", "ratio"),
+    ):
+        with pytest.raises(LimitError, match=message) as caught:
+            unpacked(tmp_path, blob, digest(tar), limits=less)
+        assert caught.value.where == "layer 1"
+        assert f"raise {setting} in the [limits]" in (caught.value.hint or "")
+    monkeypatch.setattr(limits, "RATIO_FREE_BYTES", len(tar))
+    assert len(unpacked(tmp_path, blob, digest(tar), limits=just._replace(ratio=1)).entries) == 20
+
+
+def test_a_bomb_is_put_out_early(tmp_path: Path) -> None:
+    """A gigabyte and more in a megabyte: what is written before the limit is met stays small."""
+    zeros = bytes(1 << 20)
+    packer = zstandard.ZstdCompressor(level=1).compressobj()
+    head = tarfile.TarInfo("zeros")
+    head.size = 3 << 30
+    blob = packer.compress(head.tobuf()) + b"".join(packer.compress(zeros) for _ in range(3 << 10)) + packer.flush()
+    with pytest.raises(LimitError, match=f"more than {64 << 20} bytes"):
+        unpacked(tmp_path, blob, digest(b""), limits=LIMITS._replace(tar_bytes=64 << 20))
+    assert (tmp_path / "payload").stat().st_size <= 64 << 20
 
 
 def gnu_tar(where: Path, *options: str) -> bytes:
@@ -385,6 +427,7 @@ def test_errors_of_others_pass_and_leave_no_thread(
                 diff_id=diff_id,
                 blob_digest=digest(blob),
                 blob_size=len(blob),
+                limits=LIMITS,
                 payload_fd=payload.fileno(),
                 index_file=index,
                 advance=fail if place == "advance" else lambda _: None,

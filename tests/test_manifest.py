@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fledge_tasks import manifest
+from fledge_tasks import manifest, shapes
 from fledge_tasks.errors import SourceError
 
 CHECKSUM = "sha256:" + "0" * 63 + "1"
@@ -290,7 +290,7 @@ def test_check_never_raises_and_what_it_passes_can_be_rendered(user: dict[str, o
     ],
 )
 def test_shown_is_short_and_safe(value: object, expected: str) -> None:
-    assert manifest.shown(value) == expected
+    assert shapes.shown(value) == expected
 
 
 SCHEMA = Path(__file__).parents[2] / "shared/schemas/plugin-manifest-v1.json"
@@ -303,9 +303,9 @@ def test_keys_are_those_of_the_schema() -> None:
     assert set(schema["required"]) <= set(rendered({}, NGINX))
     for name, part in schema["properties"].items():
         shape = manifest.MANIFEST.fields.get(name)
-        if isinstance(shape, manifest.Table):
+        if isinstance(shape, shapes.Table):
             assert set(shape.fields) == set(part["properties"])
             assert set(part.get("required", ())) <= {*shape.required, *rendered({}, NGINX).get(name, ())}
-        elif isinstance(shape, manifest.Array) and isinstance(shape.item, manifest.Table):
+        elif isinstance(shape, shapes.Array) and isinstance(shape.item, shapes.Table):
             assert set(shape.item.fields) == set(part["items"]["properties"])
             assert set(shape.item.required) == set(part["items"]["required"])

@@ -81,6 +81,18 @@ def test_what_a_plan_holds(place: Place) -> None:
     assert (manifest.checksum, manifest.image) == ("sha256:x", "oci:../layouts/web")
 
 
+def test_the_most_generous_limits_hold_for_all_layers(place: Place) -> None:
+    usual = planner(place).limits
+    assert usual == (64 << 30, 5_000_000, 200)
+    place.add_layout("wide", BASE, more="[limits]\nlayer_mb = 100000\nentries = 3\n")
+    place.add_layout("narrow", BASE, more="[limits]\nlayer_mb = 1\nratio = 1\n")
+    assert planner(place).limits == (100_000 << 20, 5_000_000, 200)
+    assert place.fledge("lock").code == 0
+    before = plan(place)
+    edit(place, "[mappings]", "[limits]\nratio = 1\n[mappings]")
+    assert plan(place).mkfs == before.mkfs, "limits are in no key"
+
+
 def test_no_path_of_the_host_is_in_a_key(place: Place, tmp_path: Path) -> None:
     made = plan(place)
     for record in (made.config, made.customize, made.mkfs, made.assemble, *(layer.unpack for layer in made.layers)):

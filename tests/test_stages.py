@@ -426,6 +426,19 @@ def test_builds_that_are_killed_at_a_rename_are_completed_by_the_next(place: Pla
     assert sorted(path.name for path in place.leftovers()) == [".fledge.json", "manifest.json", "rootfs.img"]
 
 
+def test_a_layer_beyond_its_limits_is_refused_and_not_remembered(place: Place) -> None:
+    toml = place.root / "web" / "fledge.toml"
+    given = toml.read_text()
+    toml.write_text(f"{given}[limits]\nentries = 2\n")
+    result = place.fledge("build")
+    assert result.code == 1
+    assert "the layer has more than 2 entries" in result.stderr
+    assert "raise entries in the [limits] of fledge.toml" in result.stderr
+    assert not place.output("web").exists() and place.leftovers() == []
+    toml.write_text(f"{given}[limits]\nentries = 4\n")
+    assert place.build().stages("web") == ["unpack", "mkfs", "assemble", "manifest"]
+
+
 def test_errors_are_ours(place: Place) -> None:
     """A stage that is asked for the impossible says so, with what to do."""
     from fledge_tasks import stages, workspace

@@ -179,6 +179,7 @@ def unpacked(members: Sequence[Member]) -> list[Entry]:
                 diff_id=diff_id,
                 blob_digest=tar.digest(blob),
                 blob_size=len(blob),
+                limits=tar.LIMITS,
                 payload_fd=payload.fileno(),
                 index_file=file,
                 advance=lambda _: None,

@@ -13,9 +13,10 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from fledge_tasks.errors import BlobError, LayerError
+from fledge_tasks.errors import BlobError, LayerError, LimitError
 from fledge_tasks.oci.decompress import open_stream
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, Entry, IndexWriter, Kind, Run
+from fledge_tasks.oci.limits import Limits
 from fledge_tasks.oci.payload import PayloadWriter
 from fledge_tasks.oci.tar import Archive, Member, shown
 
@@ -44,6 +45,7 @@ def unpack(
     diff_id: str,
     blob_digest: str,
     blob_size: int,
+    limits: Limits,
     payload_fd: int,
     index_file: BinaryIO,
     advance: Callable[[int], None],
@@ -54,18 +56,22 @@ def unpack(
     `advance` is told the bytes of the blob as they are read; `where` names the layer in errors.
     Raises BlobError when the blob is not the one of `blob_digest` and `blob_size`, whatever else is
     wrong with it; LayerError when it is not an archive that can be used, or not the one of
-    `diff_id`; OSError when reading or writing fails. What the files hold then is of no use.
+    `diff_id`; LimitError when it comes to more than `limits`; OSError when reading or writing fails.
+    What the files hold then is of no use.
     """
     index = IndexWriter(index_file)
     source = _HashedBlob(blob, blob_size)
     tar_hash = hashlib.sha256()
     tar_bytes = told = 0
+    allowed_bytes, setting = limits.allowed_bytes(blob_size)
 
     def tar(stream: Iterator[bytes]) -> Iterator[bytes]:
         nonlocal tar_bytes, told
         for chunk in stream:
-            tar_hash.update(chunk)
             tar_bytes += len(chunk)
+            if tar_bytes > allowed_bytes:
+                raise _too_much(f"the layer's archive has more than {allowed_bytes} bytes", blob_size, setting)
+            tar_hash.update(chunk)
             told, count = source.bytes_read, source.bytes_read - told
             advance(count)
             yield chunk
@@ -76,6 +82,8 @@ def unpack(
         with PayloadWriter(payload_fd) as payload, _ReadAhead(open_stream(source)) as stream:
             chunks = tar(stream)
             for member in (archive := Archive(chunks)).members():
+                if index.entries == limits.entries:
+                    raise _too_much(f"the layer has more than {limits.entries} entries", blob_size, "entries")
                 index.add(_entry(member, archive, payload))
             for _ in chunks:  # what follows the end of the archive belongs to the diff ID
                 pass
@@ -91,12 +99,17 @@ def unpack(
     if found != blob_digest:
         raise BlobError(f"the blob has the digest {found}, its manifest says {blob_digest}", where=where)
     if failure:
-        raise LayerError(failure.message, where=where)
+        raise type(failure)(failure.message, where=where, hint=failure.hint)
     if (found := f"sha256:{tar_hash.hexdigest()}") != diff_id:
         raise LayerError(f"the layer has the diff ID {found}, the image config says {diff_id}", where=where)
     advance(source.bytes_read - told)
     index.close()
     return Unpacked(index.entries, payload_bytes, payload_xxh3, tar_bytes)
+
+
+def _too_much(what: str, blob_size: int, setting: str) -> LimitError:
+    hint = f"if the image is to be trusted, raise {setting} in the [limits] of fledge.toml"
+    return LimitError(f"{what}, in a blob of {blob_size}", hint=hint)
 
 
 def clean(path: bytes) -> bytes:

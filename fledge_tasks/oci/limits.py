@@ -1,0 +1,21 @@
+"""What a layer may come to when it is unpacked, so that a hostile one cannot fill disk or memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+RATIO_FREE_BYTES = 1 << 30
+
+
+class Limits(NamedTuple):
+    """What a layer may come to: bytes of its archive, members, and how many times the blob the archive may be."""
+
+    tar_bytes: int
+    entries: int
+    ratio: int
+
+    def allowed_bytes(self, blob_size: int) -> tuple[int, str]:
+        """Return how long the archive in a blob of that size may be, and the setting that says so."""
+        # Small archives may compress as well as they like: a database made of zeros is no attack.
+        by_ratio = max(self.ratio * blob_size, RATIO_FREE_BYTES)
+        return (by_ratio, "ratio") if by_ratio < self.tar_bytes else (self.tar_bytes, "layer_mb")
