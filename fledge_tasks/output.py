@@ -45,6 +45,12 @@ def look(path: Path, key: str) -> Written | str:
     return record
 
 
+def key_of(path: Path) -> str | None:
+    """Return the key that the file was made from, None if that is not known."""
+    record = _read(path.parent).get(path.name)
+    return record.key if record else None
+
+
 def remember(path: Path, key: str, sha256: Digest) -> Written:
     """Record that the file was just made from `key`. Atomic."""
     status = path.stat()

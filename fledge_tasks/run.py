@@ -98,6 +98,7 @@ def run(
         f"{Path(command[0]).name} {ended}\n  command: {replay}\n  {stderr.strip() or '(it printed nothing)'}",
         returncode=process.returncode,
         stderr=stderr,
+        output=output,
         hint=hint,
     )
 

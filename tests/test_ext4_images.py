@@ -31,7 +31,7 @@ def odd() -> Content:
     content = Content()
     content.add(b"", Kind.DIRECTORY, mode=0o750, uid=7, gid=8, mtime_ns=5 * 10**9)
     for size in (1, 4095, 4096, 4097, 3 * MIB):
-        content.file(b"files/%d" % size, (b"%d " % size) * (size // 2 + 1) if size < 9000 else os.urandom(size))
+        content.file(b"files/%d" % size, (b"%d " % size * size)[:size])
     content.file(b"files/empty", mode=0o4755, uid=100_000, gid=4_000_000_000)
     content.file(b"files/old", b"x", mtime_ns=-1_500_000_000 * 10**9 + 7)
     content.file(b"files/late", b"x", mtime_ns=(1 << 33) * 10**9 + 999_999_999)

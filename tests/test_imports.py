@@ -18,7 +18,7 @@ FLOORS = (
     ("runner", "workers", "reporter"),
     ("tasks",),
     ("action", "resolve"),
-    ("stages",),
+    ("stages", "verify"),
     ("fresh",),
     ("plan",),
     ("workspace", "output", "lock", "keys"),
@@ -28,7 +28,7 @@ FLOORS = (
     ("oci",),
     ("store", "tools"),
     ("index", "run", "progress"),
-    ("fsutil", "digest", "errors", "interrupt"),
+    ("fsutil", "digest", "errors", "interrupt", "shapes"),
     ("__init__",),
 )
 """From the top down. A module may import what is below its own floor, and its neighbours on it; a package is one."""

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a build failed, 2 the user's input is wrong, 128 + n ended
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -12,13 +13,28 @@ from pathlib import Path
 import click
 
 from fledge_tasks import __version__
-from fledge_tasks.cli import build, clean, doctor, lock, plan
 from fledge_tasks.cli.context import Context
 from fledge_tasks.errors import FledgeError
 from fledge_tasks.interrupt import Interrupted, interruptible
 
+COMMANDS = ("build", "plan", "lock", "verify", "doctor", "clean")
+"""Each is the function of this name in the module of this name."""
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+class _Lazy(click.Group):
+    """Imports the one command that runs: what others need takes longer than a build that does nothing."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"fledge_tasks.cli.{cmd_name}"), cmd_name)
+        return command
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fledge")
 @click.option(
     "-C", "folder", default=".", metavar="DIR", type=click.Path(path_type=Path), help="Workspace; default: this folder."
@@ -31,10 +47,6 @@ def cli(context: click.Context, folder: Path) -> None:
     build/NAME/manifest.json.
     """
     context.obj = Context(folder)
-
-
-for command in (build.build, plan.plan, lock.lock, doctor.doctor, clean.clean):
-    cli.add_command(command)
 
 
 def main() -> None:

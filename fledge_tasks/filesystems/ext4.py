@@ -74,6 +74,20 @@ def make(root: Inode, parameters: Parameters, image: Path, scratch: Path) -> Fil
     return Filled(extents, counts.free_blocks * BLOCK_BYTES, counts.free_inodes)
 
 
+def add_lost_found(root: Inode, epoch: int) -> None:
+    """Add the folder that e2fsck in the guest puts into what it finds, unless the image brings one. Idempotent.
+
+    Raises FilesystemError when it is something else in the image.
+    """
+    assert root.children is not None
+    lost_found = root.children.get(_LOST_FOUND_NAME)
+    if lost_found is None:
+        entry = Entry(_LOST_FOUND_NAME, Kind.DIRECTORY, 0o700, mtime_ns=epoch * 1_000_000_000)
+        root.children[_LOST_FOUND_NAME] = Inode(entry, 0)
+    elif lost_found.children is None:
+        raise FilesystemError("is a file in the image, and ext4 needs it as a folder", where="/lost+found")
+
+
 def file_runs(entry: Entry) -> tuple[Run, ...]:
     """Return the runs of payload blocks that a file's data is in."""
     if entry.runs is not None:
@@ -84,14 +98,7 @@ def file_runs(entry: Entry) -> tuple[Run, ...]:
 
 def _number(root: Inode, epoch: int) -> list[_Item]:
     """Give every inode its number, in the order of a sorted walk, and count its links."""
-    assert root.children is not None
-    lost_found = root.children.get(_LOST_FOUND_NAME)
-    if lost_found is None:
-        # mke2fs makes it, and e2fsck in the guest puts there what it finds.
-        entry = Entry(_LOST_FOUND_NAME, Kind.DIRECTORY, 0o700, mtime_ns=epoch * 1_000_000_000)
-        root.children[_LOST_FOUND_NAME] = Inode(entry, 0)
-    elif lost_found.children is None:
-        raise FilesystemError("is a file in the image, and ext4 needs it as a folder", where="/lost+found")
+    add_lost_found(root, epoch)
     top = _Item(root, _ROOT, b"", _ROOT)
     items = [top]
     seen: dict[int, _Item] = {}

@@ -39,11 +39,18 @@ _INDEX = struct.Struct("<IIHH")
 _MIN_SECONDS, _MAX_SECONDS = -(1 << 31), (1 << 34) - (1 << 31) - 1
 
 
+def clamped(nanoseconds: int) -> int:
+    """Return the nearest time that an inode can hold: 1901 to 2446, whole seconds at the ends, as Linux has it."""
+    if nanoseconds < _MIN_SECONDS * 1_000_000_000:
+        return _MIN_SECONDS * 1_000_000_000
+    if nanoseconds >= (_MAX_SECONDS + 1) * 1_000_000_000:
+        return _MAX_SECONDS * 1_000_000_000
+    return nanoseconds
+
+
 def timestamp(nanoseconds: int) -> tuple[int, int]:
-    """Return the two words of a time ('Inode Timestamps'): 1901 to 2446, clamped as Linux does."""
-    seconds, fraction = divmod(nanoseconds, 1_000_000_000)
-    if not _MIN_SECONDS <= seconds <= _MAX_SECONDS:
-        seconds, fraction = min(max(seconds, _MIN_SECONDS), _MAX_SECONDS), 0
+    """Return the two words of a time, `clamped` ('Inode Timestamps')."""
+    seconds, fraction = divmod(clamped(nanoseconds), 1_000_000_000)
     low = seconds & 0xFFFFFFFF
     signed = low - (1 << 32) if low & 0x80000000 else low
     return low, fraction << 2 | (seconds - signed) >> 32 & 3

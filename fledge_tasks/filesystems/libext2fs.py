@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,24 @@ errcode_t ext2fs_xattrs_open(ext2_filsys, ext2_ino_t, struct ext2_xattr_handle *
 errcode_t ext2fs_xattr_set(struct ext2_xattr_handle *, const char *, const void *, size_t);
 errcode_t ext2fs_xattrs_write(struct ext2_xattr_handle *);
 errcode_t ext2fs_xattrs_close(struct ext2_xattr_handle **);
+errcode_t ext2fs_xattrs_read(struct ext2_xattr_handle *);
+errcode_t ext2fs_xattrs_iterate(
+    struct ext2_xattr_handle *, int (*)(char *name, char *value, size_t length, void *), void *);
+
+struct ext2_dir_entry {
+    unsigned int inode;
+    unsigned short rec_len;
+    unsigned short name_len;    /* the upper half is the file type */
+    char name[255];
+};
+errcode_t ext2fs_dir_iterate2(ext2_filsys, ext2_ino_t, int, char *, int (*)(
+    ext2_ino_t, int entry, struct ext2_dir_entry *, int offset, int blocksize, char *buf, void *), void *);
+
+struct ext2fs_extent { blk64_t e_pblk; blk64_t e_lblk; unsigned int e_len; unsigned int e_flags; };
+struct ext2_extent_handle;
+errcode_t ext2fs_extent_open2(ext2_filsys, ext2_ino_t, void *, struct ext2_extent_handle **);
+errcode_t ext2fs_extent_get(struct ext2_extent_handle *, int, struct ext2fs_extent *);
+void ext2fs_extent_free(struct ext2_extent_handle *);
 int ext2fs_get_library_version(const char **, const char **);
 void initialize_ext2_error_table(void);
 """
@@ -81,6 +100,10 @@ _FLAG_RW, _FLAG_CHANGED, _FLAG_DIRTY, _FLAG_64BITS, _FLAG_MASTER_SB_ONLY = 0x01,
 _HALF_MD4 = 1  # EXT2_HASH_HALF_MD4, signed characters
 _SB_KBYTES_WRITTEN, _SB_FLAGS = 0x178, 0x160  # ext4 disk layout, 'The Super Block'
 _SIGNED_HASH, _UNSIGNED_HASH = 0x1, 0x2
+_EXTENT_ROOT, _EXTENT_NEXT = 0x1, 0x9  # EXT2_EXTENT_ROOT, _NEXT
+_EXTENT_IS_LEAF, _EXTENT_IS_UNWRITTEN = 0x1, 0x2  # EXT2_EXTENT_FLAGS_LEAF, _UNINIT
+_NO_NEXT_EXTENT = 2133571328 + 124  # EXT2_ET_EXTENT_NO_NEXT
+_ENTRY_ABORT = 2  # DIRENT_ABORT
 INODE_BYTES = 256
 
 
@@ -194,6 +217,107 @@ class Ext2Filesystem:
         if code:
             about = f"extended attribute {xattr.decode(errors='backslashreplace')}: " if xattr else ""
             raise FilesystemError(f"{about}libext2fs: {self._message(code)}", where=where)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """`count` blocks of a file from `logical` on lie in the image from `physical` on; unwritten ones read as zeros."""
+
+    logical: int
+    physical: int
+    count: int
+    is_unwritten: bool
+
+
+class Ext2Reader:
+    """An ext4 filesystem in an image file that is open for reading. Made by `opened_for_reading`.
+
+    Every method raises FilesystemError when the library finds the filesystem damaged there; checksums
+    of inodes, folders and extent trees are among what it looks at.
+    """
+
+    def __init__(self, ffi: Any, library: Any, handle: Any, message: Any) -> None:
+        self._ffi, self._library, self._fs, self._message = ffi, library, handle, message
+        self._inode = ffi.new(f"unsigned char[{INODE_BYTES}]")
+        self._found: list[Any] = []
+        # Kept: the library holds no reference to them.
+        self._on_name = ffi.callback(
+            "int(ext2_ino_t, int, struct ext2_dir_entry *, int, int, char *, void *)", self._add_name, _ENTRY_ABORT
+        )
+        self._on_xattr = ffi.callback("int(char *, char *, size_t, void *)", self._add_xattr)
+
+    def inode(self, number: int) -> bytes:
+        """Return the 256 bytes of an inode."""
+        self._check(self._library.ext2fs_read_inode_full(self._fs, number, self._inode, INODE_BYTES), number)
+        return bytes(self._ffi.buffer(self._inode))
+
+    def names(self, number: int) -> list[tuple[bytes, int, int]]:
+        """Return (name, inode number, file type) of all entries of a folder, '.' and '..' among them."""
+        found: list[tuple[bytes, int, int]] = []
+        self._found, null = found, self._ffi.NULL
+        self._check(self._library.ext2fs_dir_iterate2(self._fs, number, 0, null, self._on_name, null), number)
+        return found
+
+    def extents(self, number: int) -> list[Extent]:
+        """Return the extents of an inode that has the extents flag, in order."""
+        handle, extent = self._ffi.new("struct ext2_extent_handle **"), self._ffi.new("struct ext2fs_extent *")
+        self._check(self._library.ext2fs_extent_open2(self._fs, number, self._ffi.NULL, handle), number)
+        found: list[Extent] = []
+        try:
+            code = self._library.ext2fs_extent_get(handle[0], _EXTENT_ROOT, extent)
+            while not code:
+                if extent.e_flags & _EXTENT_IS_LEAF:
+                    is_unwritten = bool(extent.e_flags & _EXTENT_IS_UNWRITTEN)
+                    found.append(Extent(extent.e_lblk, extent.e_pblk, extent.e_len, is_unwritten))
+                code = self._library.ext2fs_extent_get(handle[0], _EXTENT_NEXT, extent)
+            if code != _NO_NEXT_EXTENT:
+                self._check(code, number)
+        finally:
+            self._library.ext2fs_extent_free(handle[0])
+        return found
+
+    def xattrs(self, number: int) -> dict[bytes, bytes]:
+        """Return the extended attributes of an inode by full name, as they lie on the disk."""
+        handle = self._ffi.new("struct ext2_xattr_handle **")
+        self._check(self._library.ext2fs_xattrs_open(self._fs, number, handle), number)
+        found: list[tuple[bytes, bytes]] = []
+        self._found = found
+        try:
+            self._check(self._library.ext2fs_xattrs_read(handle[0]), number)
+            self._check(self._library.ext2fs_xattrs_iterate(handle[0], self._on_xattr, self._ffi.NULL), number)
+        finally:
+            self._library.ext2fs_xattrs_close(handle)
+        return dict(found)
+
+    def _add_name(self, folder: int, entry: int, dirent: Any, offset: int, size: int, buffer: Any, private: Any) -> int:
+        del folder, entry, offset, size, buffer, private
+        length = dirent.name_len
+        self._found.append((bytes(self._ffi.buffer(dirent.name, length & 0xFF)), dirent.inode, length >> 8))
+        return 0
+
+    def _add_xattr(self, name: Any, value: Any, length: int, private: Any) -> int:
+        del private
+        self._found.append((self._ffi.string(name), bytes(self._ffi.buffer(value, length))))
+        return 0
+
+    def _check(self, code: int, number: int | None = None) -> None:
+        if code:
+            where = f"inode {number}" if number else None
+            raise FilesystemError(f"libext2fs: {self._message(code)}", where=where)
+
+
+@contextlib.contextmanager
+def opened_for_reading(image: Path) -> Iterator[Ext2Reader]:
+    """Open the filesystem in `image`, which is not written to. Raises FilesystemError."""
+    ffi, (library, message) = _library()
+    handle = ffi.new("ext2_filsys *")
+    code = library.ext2fs_open2(bytes(image), ffi.NULL, _FLAG_64BITS, 0, 0, library.unix_io_manager, handle)
+    if code:
+        raise FilesystemError(f"cannot be read as ext4: libext2fs: {message(code)}", where=str(image))
+    try:
+        yield Ext2Reader(ffi, library, handle[0], message)
+    finally:
+        library.ext2fs_free(handle[0])
 
 
 @contextlib.contextmanager
