@@ -20,7 +20,7 @@ import msgspec
 from fledge_tasks import agent
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.digest import Digest
-from fledge_tasks.errors import FilesystemError, FledgeError, InputError, LockError
+from fledge_tasks.errors import AgentError, FilesystemError, FledgeError, InputError, LockError
 from fledge_tasks.index import FileDigests
 from fledge_tasks.keys import Agent, Assemble, Blob, Config, Content, Customize, Manifest, Mkfs, Unpack
 from fledge_tasks.lock import LockedAgent, LockedImage, LockFile
@@ -204,6 +204,7 @@ class Planner:
             try:
                 self.reference(image)
                 self._mapped(image)
+                self._local_agent(image)
                 _check_type(image)
                 if self.locked and (reason := self.unresolved(image)):
                     missing.append(f"{image.name}: {reason}")
@@ -222,20 +223,40 @@ class Planner:
     def _mapped(self, image: ImageConfig) -> tuple[list[MappedFile], dict[str, Path]]:
         """Return what the mappings bring; once, so that one build sees one state of the files."""
         if image.name not in self._expanded:
+            self._refuse_own_folders(image)
             pairs = [(mapping.source, mapping.destination) for mapping in image.mappings]
             self._expanded[image.name] = expand(pairs, image.folder, self.digest_of)
         return self._expanded[image.name]
 
+    def _refuse_own_folders(self, image: ImageConfig) -> None:
+        """Raise InputError for a mapped folder that holds what a build writes: it would never be up to date."""
+        for mapping in image.mappings:
+            source = os.path.realpath(image.folder / mapping.source)
+            for own in (self.workspace.build, self.workspace.cache):
+                if os.path.commonpath([source, own]) == source:
+                    raise InputError(
+                        f"maps a folder that holds {own}, which builds write to",
+                        where=f"{image.file}: mappings.{mapping.source}",
+                        hint="map what is in it one by one, or move the image's files to a folder of their own",
+                    )
+
+    def _local_agent(self, image: ImageConfig) -> tuple[Path | None, str | None]:
+        """Return path and digest of a local agent, None for any other. Raises InputError."""
+        spec = self.agent_spec(image)
+        if spec is None or spec.source_strategy != "local":
+            return None, None
+        try:
+            path, digest, _ = agent.local_agent(spec, image.folder, self.digest_of)
+        except AgentError as error:
+            raise InputError(error.message, where=f"{image.file}: {error.where}", hint=error.hint) from None
+        return path, digest
+
     def _make(self, image: ImageConfig, entry: LockedImage, pinned: LockedAgent | None) -> ImagePlan:
         _check_type(image)
         mapped, sources = self._mapped(image)
-        agent_path: Path | None = None
+        agent_path, agent_digest = self._local_agent(image)
         agent_key: Agent | None = None
-        agent_digest: str | None = None
-        spec = self.agent_spec(image)
-        if spec is not None and spec.source_strategy == "local":
-            agent_path, agent_digest, _ = agent.local_agent(spec, image.folder, self.digest_of)
-        elif pinned is not None:
+        if pinned is not None:
             agent_digest = pinned.digest
             agent_key = Agent(digest=agent_digest)
         layers = tuple(map(Layer.of, entry.image.layers))

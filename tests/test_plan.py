@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import pytest
 
 from fledge_tasks import workspace
 from fledge_tasks.errors import (
-    AgentError,
     ConfigError,
     FilesystemError,
     FledgeError,
@@ -253,9 +253,24 @@ def test_a_type_that_cannot_be_made_has_no_plan(place: Place) -> None:
 
 def test_a_local_agent_that_is_missing(place: Place) -> None:
     edit(place, "[mappings]", '[agent]\nsource_strategy = "local"\npath = "kestrel"\n[mappings]')
-    made = planner(place)
-    with pytest.raises(AgentError, match="No such file"):
-        made.plan(made.workspace.images[0])
+    found = planner(place)
+    with pytest.raises(InputError, match=r"kestrel: cannot be read") as caught:
+        found.check(found.workspace.images)
+    assert str(caught.value.where).startswith(f"{place.root}/web/fledge.toml: agent.path: ")
+    assert place.fledge("build").code == 2
+
+
+@pytest.mark.parametrize("source", [".", "..", "../build", "../cache/../cache"])
+def test_what_builds_write_to_is_not_mapped(place: Place, source: str) -> None:
+    edit(place, '"conf" = "/srv/conf"', f'"conf" = "/srv/conf"\n"{source}" = "/srv/all"')
+    if source == ".":
+        (place.root / "fledge.toml").write_text((place.root / "web" / "fledge.toml").read_text())
+        (place.root / "conf").write_text("one\n")
+        shutil.rmtree(place.root / "web")
+    result = place.fledge("build")
+    assert result.code == 2
+    assert f"mappings.{source}: maps a folder that holds {place.root}/" in result.stderr
+    assert "map what is in it one by one" in result.stderr
 
 
 def test_configuration_is_checked_before(place: Place) -> None:

@@ -290,7 +290,7 @@ def test_a_local_agent(place: Place) -> None:
     assert debugfs(place.output("web"), "cat /usr/bin/kestrel") == OTHER_AGENT
     (place.root / "web" / "kestrel").unlink()
     result = place.fledge("build")
-    assert result.code == 1
+    assert result.code == 2, "the user's input is wrong, and nothing was started"
     assert f"agent.path: {place.root}/web/kestrel: cannot be read: No such file or directory" in result.stderr
 
 
