@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from fledge_tasks import interrupt
 from fledge_tasks.errors import CommandError, ToolError
 
 STDERR_TAIL_BYTES = 4096
@@ -63,16 +64,18 @@ def run(
     full_env = environment(env)
     with tempfile.TemporaryFile() as errors:
         try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=full_env,
-                cwd=cwd,
-                start_new_session=True,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509
-            )
+            # A signal between the fork and the note of it would leave a program that nobody ends.
+            with interrupt.held():
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    env=full_env,
+                    cwd=cwd,
+                    start_new_session=True,
+                    preexec_fn=_begin,  # noqa: PLW1509
+                )
         except FileNotFoundError:
             raise ToolError(
                 f"{command[0]} is not installed (not found on PATH)",
@@ -110,8 +113,10 @@ def package_of(program: str) -> str:
     return packages.get(name, name)
 
 
-def _die_with_parent() -> None:
+def _begin() -> None:
+    """Run in the new process: die with the parent, and listen to signals, which were held."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupt.SIGNALS)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
