@@ -7,6 +7,7 @@ FLEDGE_CACHE_DIR hold as they do for `fledge`.
 
 from __future__ import annotations
 
+import atexit
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,8 +31,16 @@ def task_fledge() -> Iterator[Task]:
     try:
         found = workspace.load(Path.cwd())
         planner = Planner(found, Store(found.cache))
-        tasks = Graph(planner).tasks(found.images)
+        graph = Graph(planner)
+        tasks = graph.tasks(found.images)
     except FledgeError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(error.exit_code) from None
+    atexit.register(_end, graph, planner.store)
     yield from tasks
+
+
+def _end(graph: Graph, store: Store) -> None:
+    """Run at the end of doit's process; workers end without."""
+    graph.record()
+    store.close()

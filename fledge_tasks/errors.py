@@ -133,5 +133,9 @@ class FilesystemError(FledgeError):
     """The filesystem cannot hold the tree, or cannot be made here."""
 
 
+class ArchiveError(FledgeError):
+    """A file is not an archive of cache entries, or a damaged one."""
+
+
 class StoreError(FledgeError):
     """The content store or the build folder cannot be used: no space, no permission."""

@@ -42,9 +42,14 @@ def remove_stale(target: Path) -> None:
                 remove_tree(Path(entry.path))
 
 
+def temp_name(parent: Path, name: str) -> Path:
+    """Return the new path `<name>.<random>` in `parent`. Nothing is created."""
+    return parent / f"{name}.{secrets.token_hex(6)}"
+
+
 def temp_folder(parent: Path, name: str) -> Path:
     """Make and return a new folder `<name>.<random>` in `parent`."""
-    folder = parent / f"{name}.{secrets.token_hex(6)}"
+    folder = temp_name(parent, name)
     folder.mkdir(parents=True)
     return folder
 
@@ -58,7 +63,7 @@ def remove_stale_below(parent: Path, name: str) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename a file inside one filesystem. Not durable: for temporary folders."""
+    """Rename a file or folder inside one filesystem. Not durable: into and out of temporary folders."""
     os.rename(source, target)
 
 
@@ -183,6 +188,11 @@ def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
             raise
         end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
         yield start, end - start
+
+
+def allocated_bytes(folder: Path) -> int:
+    """Return what the files of a folder take on the disk (stat(2), st_blocks). Raises OSError."""
+    return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(folder))
 
 
 def can_reflink(folder: Path) -> bool:

@@ -5,6 +5,8 @@ Kept by diskcache in `<cache>/index`. Names are 'kind:rest'; values are JSON. Wh
     file:<absolute path>     [size, mtime_ns, ctime_ns, inode, sha256]   digest memo of mapped files
     object:<key>/<name>      [size, mtime_ns, ctime_ns, inode, XXH3-128] stored files known to be whole
     used:<key>               seconds since the epoch of the last use of an entry
+    image:<lock file>:<name> what an image was last made of, see `usage`
+    day:<date>               what builds did on a day, see `usage`
 
 Nothing here is ever needed for a right result. An index that is corrupt is set aside and a new one
 begun; one that cannot be opened at all (a read-only cache) is treated as empty.
@@ -82,6 +84,27 @@ class Index:
             cache = self._open()
             if cache is not None:
                 cache.set(name, value)
+
+    def remove(self, name: str) -> None:
+        """Forget a name. Idempotent."""
+        with contextlib.suppress(*_FAILURES):
+            cache = self._open()
+            if cache is not None:
+                cache.delete(name)
+
+    def names(self) -> list[str]:
+        """Return all names."""
+        names: list[str] = []
+        with contextlib.suppress(*_FAILURES):
+            cache = self._open()
+            if cache is not None:
+                names.extend(cache.iterkeys())
+        return names
+
+    def items(self, kind: str) -> dict[str, Any]:
+        """Return the rest of the name, and the value, of everything of a kind."""
+        found = {name.removeprefix(f"{kind}:"): self.get(name) for name in self.names() if name.startswith(f"{kind}:")}
+        return {name: value for name, value in found.items() if value is not None}
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

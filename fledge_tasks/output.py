@@ -1,7 +1,7 @@
 """The finished files of an image, and how they are known to be untouched.
 
 `build/<name>/.fledge.json` says, for each file that we wrote there, from which key it was made and
-what stat said of it then: {"<file>": {"key", "sha256", "size", "mtime_ns", "inode"}}. A file that
+what stat said of it then: {"<file>": {"key", "sha256", "size", "mtime_ns", "inode", "seconds"}}. A file that
 someone booted, edited, replaced or deleted no longer fits and is made again. The record is written
 after the file, so a crash between the two only means that the file is made again.
 """
@@ -20,13 +20,14 @@ RECORD = ".fledge.json"
 
 
 class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is known of one file."""
+    """What is known of one file. `seconds` is what it took to make."""
 
     key: str
     sha256: str
     size: int
     mtime_ns: int
     inode: int
+    seconds: float = 0.0
 
 
 def look(path: Path, key: str) -> Written | str:
@@ -51,10 +52,10 @@ def key_of(path: Path) -> str | None:
     return record.key if record else None
 
 
-def remember(path: Path, key: str, sha256: Digest) -> Written:
+def remember(path: Path, key: str, sha256: Digest, seconds: float = 0.0) -> Written:
     """Record that the file was just made from `key`. Atomic."""
     status = path.stat()
-    written = Written(key, sha256, status.st_size, status.st_mtime_ns, status.st_ino)
+    written = Written(key, sha256, status.st_size, status.st_mtime_ns, status.st_ino, round(seconds, 3))
     records = {**_read(path.parent), path.name: written}
     fsutil.write_atomic(path.parent / RECORD, msgspec.json.format(msgspec.json.encode(records), indent=1))
     return written

@@ -77,6 +77,13 @@ class ImagePlan:
     output: Path
     manifest_output: Path
 
+    @property
+    def keys(self) -> list[Digest]:
+        """The keys of all entries that a build of the image uses or makes."""
+        layers = [key for layer in self.layers for key in (layer.blob.key(), layer.unpack_key)]
+        own = [record.key() for record in (self.config, self.customize, self.mkfs)]
+        return list(dict.fromkeys([*layers, *own, *([self.agent.key()] if self.agent else [])]))
+
     def manifest(self, checksum: str) -> Manifest:
         """Return the record of the manifest for an image file of this digest."""
         return Manifest(
@@ -185,6 +192,11 @@ class Planner:
         if known is None or known[:2] != (entry, pinned):
             known = self._plans[image.name] = entry, pinned, self._make(image, entry, pinned)
         return known[2]
+
+    def hold(self, image: ImageConfig) -> None:
+        """Keep what a build of the image uses or makes from being removed, see `leases`. Raises as `plan`."""
+        plan = self.plan(image)
+        self.store.leases.hold(plan.keys if plan else [])
 
     def forget(self, image: ImageConfig) -> None:
         """Look at the image's local source again: it was just resolved."""

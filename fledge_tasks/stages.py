@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -132,7 +133,7 @@ def unpack(planner: Planner, plan: ImagePlan, layer: Layer) -> Values:
                 store.discard(layer.blob.key())  # else the next build would meet it again
                 raise
             index.flush()
-            info = {"entries": unpacked.entries, "tar_bytes": unpacked.tar_bytes}
+            info = {"entries": unpacked.entries, "tar_bytes": unpacked.tar_bytes, "fetch_seconds": blob.seconds}
             entry = _publish(store, layer.unpack, folder, info=info, known={PAYLOAD: unpacked.payload_xxh3})
         store.discard(layer.blob.key())
     return {"bytes": entry.size}
@@ -267,6 +268,7 @@ def assemble(planner: Planner, plan: ImagePlan) -> Values:
             raise _gone("the filesystem")
         sources = sources_of(store, plan)
         image_map = skeleton.read_map(made.file(MAP))
+        started = time.monotonic()
         progress = meter(sum(extent.count for extent in image_map.extents) * BLOCK_BYTES)
         with _writing(plan.output):
             assembled = assemble_image(
@@ -277,10 +279,10 @@ def assemble(planner: Planner, plan: ImagePlan) -> Values:
                 preallocate=plan.assemble.preallocate,
                 advance=progress.add,
             )
-            output.remember(plan.output, key, assembled.sha256)
+            output.remember(plan.output, key, assembled.sha256, time.monotonic() - started)
         with store.index.together():
             for entry in (*sources, made):
-                store.touch(entry)
+                store.touch(entry.key)
     return {
         "bytes": assembled.size,
         "sha256": assembled.sha256,

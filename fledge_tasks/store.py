@@ -7,9 +7,10 @@
         tmp/<key>.<random>/             entries being built; whoever builds a key removes its old ones
         locks/<key>                     held (flock) while a key is being built
         aside/<key>/                    the last entry of that key that was found damaged
+        leases/                         see leases.py
         index/                          see index.py
 
-    entry.json = {"format": 1, "stage", "key_text", "files": {name: [size, XXH3-128]}, "info": {…}}
+    entry.json = {"format": 1, "stage", "key_text", "files": {name: [size, XXH3-128]}, "info": {…}, "seconds"}
 
 Version history: 1 first version.
 
@@ -25,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,26 +35,50 @@ import filelock
 import msgspec
 
 from fledge_tasks import fsutil
-from fledge_tasks.digest import Digest, sha256_bytes, xxh3_file
+from fledge_tasks.digest import Digest, is_digest, sha256_bytes, xxh3_file
 from fledge_tasks.errors import StoreError
 from fledge_tasks.index import Index, signature
+from fledge_tasks.leases import Leases
 
 FORMAT = 1
-_RECORD = "entry.json"
+RECORD = "entry.json"
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# This folder holds a fledge-tasks cache. See https://bford.info/cachedir/\n"
 
 
-class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: int
     stage: str
     key_text: str
     files: dict[str, tuple[int, str]]
     info: dict[str, Any]
+    seconds: float
+
+    def misfit(self, folder: Path) -> str | None:
+        """Return why the files in a folder are not the ones of this record, None if they are. Reads every byte."""
+        for name, (size, checksum) in self.files.items():
+            try:
+                found = (folder / name).stat().st_size
+                if found != size:
+                    return f"{name} has {found} bytes, not {size}"
+                if (found_checksum := xxh3_file(folder / name)) != checksum:
+                    return f"{name} has the XXH3 {found_checksum}, not {checksum}"
+            except OSError as error:
+                return f"{name} cannot be read: {error.strerror}"
+        return None
+
+
+def parse_record(data: bytes, key: Digest) -> Record | None:
+    """Return the record of an entry, None if these bytes are not one of that key."""
+    try:
+        record = msgspec.json.decode(data, type=Record)
+    except msgspec.MsgspecError:
+        return None
+    return record if record.format == FORMAT and sha256_bytes(record.key_text.encode()) == key else None
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A valid entry. `info` is what its builder wanted to be known beside the files."""
+    """A valid entry. `info` is what its builder wanted to be known beside the files, `seconds` what it took."""
 
     key: Digest
     folder: Path
@@ -61,6 +86,12 @@ class Entry:
     key_text: str
     info: Mapping[str, Any]
     size: int
+    seconds: float
+
+    @property
+    def cost_seconds(self) -> float:
+        """What it takes to have it again, fetching what it was made from included."""
+        return self.seconds + float(self.info.get("fetch_seconds", 0.0))
 
     def file(self, name: str) -> Path:
         """Return the path of one of its files."""
@@ -73,6 +104,8 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         self.index = Index(self.root / "index")
+        self.leases = Leases(self.root / "leases")
+        self._started: dict[Path, float] = {}
 
     def prepare(self) -> None:
         """Make the folder if it is not there. Idempotent. Raises StoreError."""
@@ -85,31 +118,50 @@ class Store:
         except OSError as error:
             raise _explained(error, self.root) from None
 
+    def close(self) -> None:
+        """Let go of what this process holds, and write the index into its one file."""
+        self.leases.release()
+        self.index.close()
+
     def find(self, key: Digest) -> Entry | None:
         """Return the entry of a key if it is there and valid. Never raises for a bad entry."""
-        folder = self._folder(key)
+        folder = self.folder(key)
         try:
             seen = folder.stat().st_ino
         except OSError:
             return None
-        try:
-            record = msgspec.json.decode((folder / _RECORD).read_bytes(), type=_Record)
-        except (OSError, msgspec.MsgspecError):
-            record = None
-        if (
-            record is None
-            or record.format != FORMAT
-            or sha256_bytes(record.key_text.encode()) != key
-            or not all(self._is_whole(key, folder / name, *facts) for name, facts in record.files.items())
+        record = self._read(key)
+        if record is None or not all(
+            self._is_whole(key, folder / name, *facts) for name, facts in record.files.items()
         ):
             self._set_aside(key, seen)
             return None
-        size = sum(size for size, _ in record.files.values())
-        return Entry(key, folder, record.stage, record.key_text, record.info, size)
+        return _entry(key, folder, record)
 
-    def touch(self, entry: Entry) -> None:
+    def look(self, key: Digest) -> Entry | None:
+        """Return what the record of an entry says, without a look at its files. Never raises."""
+        record = self._read(key)
+        return _entry(key, self.folder(key), record) if record else None
+
+    def all_keys(self) -> list[Digest]:
+        """Return the keys of all entries, valid or not, in order."""
+        names = (path.name for path in (self.root / "objects").glob("??/*"))
+        return sorted(key for name in names if is_digest(key := Digest(f"sha256:{name}")))
+
+    def damage(self, key: Digest) -> str | None:
+        """Return what is wrong with an entry, None if it is whole. Reads every byte, whatever is remembered of it."""
+        record = self._read(key)
+        return record.misfit(self.folder(key)) if record else "its record is missing or damaged"
+
+    def _read(self, key: Digest) -> Record | None:
+        try:
+            return parse_record((self.folder(key) / RECORD).read_bytes(), key)
+        except OSError:
+            return None
+
+    def touch(self, key: Digest) -> None:
         """Remember that the entry was used now."""
-        self.index.set(f"used:{_hex(entry.key)}", int(time.time()))
+        self.index.set(f"used:{_hex(key)}", int(time.time()))
 
     @contextlib.contextmanager
     def building(self, key: Digest) -> Iterator[None]:
@@ -147,9 +199,11 @@ class Store:
     def staging(self, key: Digest) -> Iterator[Path]:
         """Yield a new folder inside the store for the files of a key; it is gone afterwards."""
         folder = fsutil.temp_folder(self.root / "tmp", _hex(key))
+        self._started[folder] = time.monotonic()
         try:
             yield folder
         finally:
+            del self._started[folder]
             shutil.rmtree(folder, ignore_errors=True)
 
     def publish(
@@ -168,38 +222,74 @@ class Store:
         `durable` the entry's files may be damaged by a power failure, which is then found out. The
         caller holds the lock of the key. Raises StoreError; nothing is published then.
         """
-        key = sha256_bytes(key_text.encode())
-        target = self._folder(key)
+        seconds = round(time.monotonic() - self._started.get(folder, time.monotonic()), 3)
         try:
             files: dict[str, tuple[int, str]] = {}
             for path in sorted(folder.iterdir()):
-                checksum = (known or {}).get(path.name) or xxh3_file(path)
+                files[path.name] = (path.stat().st_size, (known or {}).get(path.name) or xxh3_file(path))
+        except OSError as error:
+            raise _explained(error, self.root) from None
+        record = Record(FORMAT, stage, key_text, files, dict(info or {}), seconds)
+        return self.publish_record(record, folder, durable=durable)
+
+    def publish_record(self, record: Record, folder: Path, *, durable: bool = True) -> Entry:
+        """Make an entry of a record and a staging folder that holds its files, as `publish` does."""
+        key = sha256_bytes(record.key_text.encode())
+        target = self.folder(key)
+        self.leases.hold([key])  # before it is there: what was just made is about to be used
+        try:
+            for name in record.files:
                 if durable:
-                    fsutil.sync_file(path)
-                path.chmod(0o444)
-                files[path.name] = (path.stat().st_size, checksum)
-            record = _Record(FORMAT, stage, key_text, files, dict(info or {}))
-            (folder / _RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1))
-            fsutil.sync_file(folder / _RECORD)
+                    fsutil.sync_file(folder / name)
+                (folder / name).chmod(0o444)
+            (folder / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1))
+            fsutil.sync_file(folder / RECORD)
             if target.exists():
                 shutil.rmtree(target)
             fsutil.publish_folder(folder, target)
             with self.index.together():
-                for name, (_, checksum) in files.items():
+                for name, (_, checksum) in record.files.items():
                     self._remember(key, target / name, checksum)
-                self.index.set(f"used:{_hex(key)}", int(time.time()))
+                self.touch(key)
         except OSError as error:
             raise _explained(error, self.root) from None
-        return Entry(key, target, stage, key_text, record.info, sum(size for size, _ in files.values()))
+        return _entry(key, target, record)
+
+    def used(self) -> dict[Digest, int]:
+        """Return when entries were last used, in seconds since the epoch, as far as that is remembered."""
+        times = self.index.items("used")
+        return {Digest(f"sha256:{name}"): value for name, value in times.items() if isinstance(value, int)}
+
+    def retire(self, keys: Iterable[Digest]) -> list[Path]:
+        """Take entries out of the store, each by one rename; return the folders that are left to be deleted.
+
+        The caller sees to it that nobody uses them: see `leases`. Raises OSError.
+        """
+        retired = []
+        for key in keys:
+            target = fsutil.temp_name(self.root / "tmp", f"retired-{_hex(key)}")
+            fsutil.move(self.folder(key), target)
+            retired.append(target)
+        return retired
+
+    def forget(self, keys: Iterable[Digest]) -> None:
+        """Drop what the index remembers of entries that are gone."""
+        gone = {_hex(key) for key in keys}
+        with self.index.together():
+            for name in self.index.names():
+                kind, _, rest = name.partition(":")
+                if kind in {"used", "object"} and rest.partition("/")[0] in gone:
+                    self.index.remove(name)
 
     def discard(self, key: Digest) -> None:
         """Remove an entry that is not needed any more. Idempotent; the caller holds its lock."""
-        folder = self._folder(key)
+        folder = self.folder(key)
         # The record goes first: what is left after a crash is not an entry.
-        (folder / _RECORD).unlink(missing_ok=True)
+        (folder / RECORD).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
-    def _folder(self, key: Digest) -> Path:
+    def folder(self, key: Digest) -> Path:
+        """Return where the entry of a key is, or would be."""
         name = _hex(key)
         return self.root / "objects" / name[:2] / name
 
@@ -221,12 +311,22 @@ class Store:
         # Trusted at once, unlike other people's files: nobody writes to an entry after its rename.
         self.index.set(_memo_name(key, path), [*signature(path.stat()), checksum])
 
+    def set_aside(self, key: Digest) -> None:
+        """Take a damaged entry out of the store, and keep it in `aside` until the next one or a clean-up."""
+        with contextlib.suppress(OSError):
+            self._set_aside(key, self.folder(key).stat().st_ino)
+
     def _set_aside(self, key: Digest, seen: int) -> None:
-        folder = self._folder(key)
+        folder = self.folder(key)
         with contextlib.suppress(OSError):
             # Somebody else may have found the damage first, and may have built the entry anew by now.
             if folder.stat().st_ino == seen:
                 fsutil.set_aside(folder, self.root / "aside" / _hex(key))
+
+
+def _entry(key: Digest, folder: Path, record: Record) -> Entry:
+    size = sum(size for size, _ in record.files.values())
+    return Entry(key, folder, record.stage, record.key_text, record.info, size, record.seconds)
 
 
 def _hex(key: Digest) -> str:

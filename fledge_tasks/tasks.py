@@ -11,6 +11,7 @@ resolved yet gets its layers' tasks late, when its resolve task has run.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
@@ -20,11 +21,12 @@ from typing import Any
 from doit.cmd_base import TaskLoader2
 from doit.task import DelayedLoader, Task
 
-from fledge_tasks import fresh, output
+from fledge_tasks import fresh, output, usage
 from fledge_tasks.action import StageAction
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.digest import short
 from fledge_tasks.errors import FledgeError
+from fledge_tasks.explain import why
 from fledge_tasks.plan import ImagePlan, Layer, Planner
 
 Values = dict[str, Any]
@@ -50,33 +52,51 @@ class _Fresh:
         [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("task", "values")]
     )
 
-    def __init__(self, function: Callable[[], bool]) -> None:
+    def __init__(self, function: Callable[[], bool], missing: Callable[[], None], missed: dict[str, bool]) -> None:
         self._function = function
+        self._missing = missing
+        self._missed = missed
 
     def __call__(self, task: Task, values: object) -> bool:
-        del task, values
-        try:
+        del values
+        self._missed[task.name] = True
+        with contextlib.suppress(FledgeError):
             if self._function():
+                self._missed[task.name] = False
                 return True
-        except FledgeError:
-            pass
+            self._missing()
         # Now that something has to run: workers are forked from this process, and need not import it.
         importlib.import_module("fledge_tasks.resolve")
         return False
 
 
 class Graph:
-    """Makes the tasks of the planner's workspace. `update` is that of `resolve`."""
+    """Makes the tasks of the planner's workspace.
 
-    def __init__(self, planner: Planner, *, update: bool = False) -> None:
+    `update` is that of `resolve`; `tell` is told, once for each image that is not up to date, its
+    name and in one line why.
+    """
+
+    def __init__(
+        self, planner: Planner, *, update: bool = False, tell: Callable[[str, str], None] | None = None
+    ) -> None:
         self._planner = planner
         self._update = update
+        self._tell = tell
+        self._told: set[str] = set()
         self._layers: set[str] = set()
+        self._images: list[ImageConfig] = []
+        self._missed: dict[str, bool] = {}
+
+    def record(self) -> None:
+        """Note in the index what a run of the tasks came to, see `usage`. For the process that ran doit."""
+        usage.record(self._planner, self._images, self._missed)
 
     def tasks(self, images: Iterable[ImageConfig]) -> list[Task]:
         """Return the tasks of these images, and one group for each stage."""
         tasks: list[Task] = []
-        for image in images:
+        self._images = list(images)
+        for image in self._images:
             tasks.extend(self._image(image))
         groups = []
         for stage in (*STAGES, "build"):
@@ -90,7 +110,9 @@ class Graph:
             plan = planner.plan(image)
         except FledgeError:
             plan = None  # whoever runs a task of this image is told
-        yield self._task("resolve", name, _resolve, (planner, image, self._update), self._check_resolve(image))
+        missing = partial(self._missing, image)
+        check = self._check_resolve(image)
+        yield self._task("resolve", name, _resolve, (planner, image, self._update), check, missing)
         if plan is None:
             late = f"_layers:{name}"  # hidden from `doit list`
             loader = DelayedLoader(partial(self._late, image, late), executed=f"resolve:{name}")
@@ -101,16 +123,16 @@ class Graph:
             yield from self._layer_tasks(plan)
         needs = [f"resolve:{name}"] if plan else []
         yield self._task(
-            "mkfs", name, _mkfs, (planner, image), self._check(image, partial(fresh.is_made, planner.store)),
+            "mkfs", name, _mkfs, (planner, image), self._check(image, partial(fresh.is_made, planner.store)), missing,
             setup=[*needs, *layers], task_dep=before,
         )  # fmt: skip
         yield self._task(
-            "assemble", name, _assemble, (planner, image), self._check(image, _is_assembled),
+            "assemble", name, _assemble, (planner, image), self._check(image, _is_assembled), missing,
             setup=[f"mkfs:{name}", *layers], task_dep=before,
             clean=[(output.remove, [planner.workspace.output(image)])],
         )  # fmt: skip
         yield self._task(
-            "manifest", name, _manifest, (planner, image), self._check(image, _is_described),
+            "manifest", name, _manifest, (planner, image), self._check(image, _is_described), missing,
             setup=needs, task_dep=[f"assemble:{name}"],
             clean=[(output.remove, [planner.workspace.manifest_output(image)])],
         )  # fmt: skip
@@ -128,18 +150,26 @@ class Graph:
 
     def _layer_tasks(self, plan: ImagePlan) -> Iterator[Task]:
         planner = self._planner
+        missing, store = partial(self._missing, plan.image), planner.store
         for layer in plan.layers:
             if layer.ref.diff_id in self._layers:
                 continue
             self._layers.add(layer.ref.diff_id)
             name = short(layer.ref.diff_id)
             yield self._task(
-                "fetch", name, _fetch, (planner, plan, layer), partial(fresh.is_fetched, planner.store, layer)
+                "fetch", name, _fetch, (planner, plan, layer), partial(fresh.is_fetched, store, layer), missing
             )
             yield self._task(
-                "unpack", name, _unpack, (planner, plan, layer), partial(fresh.is_unpacked, planner.store, layer),
+                "unpack", name, _unpack, (planner, plan, layer), partial(fresh.is_unpacked, store, layer), missing,
                 setup=[f"fetch:{name}"],
             )  # fmt: skip
+
+    def _missing(self, image: ImageConfig) -> None:
+        """Prepare for running a task of an image, before anything that stands behind it is looked for, and found."""
+        self._planner.hold(image)
+        if self._tell and image.name not in self._told:
+            self._told.add(image.name)
+            self._tell(image.name, why(self._planner, image))
 
     def _check_resolve(self, image: ImageConfig) -> Callable[[], bool]:
         return lambda: not self._update and fresh.is_resolved(self._planner, image)
@@ -158,6 +188,7 @@ class Graph:
         function: Callable[..., Values],
         arguments: tuple[object, ...],
         check: Callable[[], bool],
+        missing: Callable[[], None],
         *,
         setup: Iterable[str] = (),
         task_dep: Iterable[str] = (),
@@ -166,7 +197,7 @@ class Graph:
         return Task(
             f"{stage}:{name}",
             [(StageAction(function, arguments),)],
-            uptodate=[_Fresh(check)],
+            uptodate=[_Fresh(check, missing, self._missed)],
             setup=list(setup),
             task_dep=list(task_dep),
             clean=list(clean),

@@ -64,12 +64,16 @@ class Workspace(msgspec.Struct, frozen=True):
         return self.build / image.name / MANIFEST_NAME
 
 
+def cache_folder(root: Path) -> Path:
+    """Return where the cache is: FLEDGE_CACHE_DIR, relative to the current folder, else `cache` of the root."""
+    return Path(os.path.realpath(os.environ.get(CACHE_VARIABLE) or root / "cache"))
+
+
 def load(root: Path) -> Workspace:
     """Find and read every fledge.toml in `root` and below.
 
     Not looked into: `build` and `cache` of the root, the cache folder in use, hidden folders,
-    node_modules, links to folders, and folders that this user may not read. The cache is that of
-    FLEDGE_CACHE_DIR, relative to the current folder, else `cache` of the root.
+    node_modules, links to folders, and folders that this user may not read.
 
     Raises InputError when `root` is no folder or holds no fledge.toml, and ConfigError with every
     problem of every file, two images of one name included.
@@ -81,7 +85,7 @@ def load(root: Path) -> Workspace:
             hint=f"give the folder that holds {FILE_NAME} or folders with one",
         )
     root = Path(os.path.realpath(root))
-    build, cache = root / "build", Path(os.path.realpath(os.environ.get(CACHE_VARIABLE) or root / "cache"))
+    build, cache = root / "build", cache_folder(root)
     files = sorted(_find(root, {str(build), str(root / "cache"), str(cache)}))
     if not files:
         raise InputError(f"found no {FILE_NAME} in this folder or below", where=str(root), hint=_SAMPLE)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fledge_tasks.digest import is_digest, short
+from fledge_tasks.digest import is_digest, sha256_bytes, short
 from tests.layers import Member, archive, compress, folder
 from tests.layouts import Layout, Place
 from tests.tools import need
@@ -121,7 +121,8 @@ def test_json_of_a_failure(place: Place) -> None:
 def test_plain_output(place: Place) -> None:
     result = place.fledge("build", "-j", "1")
     assert result.code == 0
-    lines = result.stderr.splitlines()
+    why, *lines = result.stderr.splitlines()
+    assert why == "web: oci:layouts/web linux/amd64 is not in fledge.lock"
     assert [line.split(":")[0] for line in lines] == [
         "resolve", "fetch", "unpack", "fetch", "unpack", "mkfs", "assemble", "manifest",
     ] or len(lines) == 7  # one connection fetches both  # fmt: skip
@@ -134,6 +135,8 @@ def test_plain_output(place: Place) -> None:
     again = place.fledge("build")
     assert again.stderr == ""
     assert "0 stages built, 8 reused" in again.stdout
+    (place.root / "web" / "conf").write_text("two\n")
+    assert place.fledge("build").stderr.splitlines()[0].startswith("web: /srv/conf digest: sha256:")
 
 
 def test_a_terminal_gets_a_table(program: Workspace) -> None:
@@ -477,20 +480,21 @@ def test_plan(place: Place) -> None:
     sizes = [found.blob(number).stat().st_size for number in range(2)]
     assert plan() == [
         "web:",
-        f"fetch:{names[0]} layer is not in the cache ({sizes[0]} bytes to move)",
-        f"unpack:{names[0]} layer is not in the cache",
-        f"fetch:{names[1]} layer is not in the cache ({sizes[1]} bytes to move)",
-        f"unpack:{names[1]} layer is not in the cache",
-        "mkfs:web no such filesystem in the cache",
+        f"fetch:{names[0]} the layer is not in the cache ({sizes[0]} bytes to move)",
+        f"unpack:{names[0]} the layer is not in the cache",
+        f"fetch:{names[1]} the layer is not in the cache ({sizes[1]} bytes to move)",
+        f"unpack:{names[1]} the layer is not in the cache",
+        "mkfs:web no such filesystem in the cache, and no earlier build is known",
         "assemble:web rootfs.img is not there",
         "manifest:web the image file is made anew",
     ]
     place.build()
     assert plan() == plan("web") == ["web: up to date"]
+    old, new = (sha256_bytes(text)[:19] for text in (b"one\n", b"two\n"))
     (place.root / "web" / "conf").write_text("two\n")
     assert plan() == [
         "web:",
-        "mkfs:web no such filesystem in the cache",
+        f"mkfs:web /srv/conf digest: {old}... -> {new}... ({place.root}/web/conf)",
         "assemble:web what goes in has changed",
         "manifest:web the image file is made anew",
     ]

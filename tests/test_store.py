@@ -82,6 +82,7 @@ def test_the_record_on_disk(store: Store) -> None:
             "small": [1, xxh3_file(entry.file("small"))],
         },
         "info": {"count": 1},
+        "seconds": entry.seconds,
     }
     assert entry.folder == store.root / "objects" / KEY[7:9] / KEY[7:]
 
@@ -252,7 +253,7 @@ def test_discard(store: Store) -> None:
 def test_touch_remembers_the_last_use(store: Store) -> None:
     entry = build(store)
     store.index.set(f"used:{KEY[7:]}", 1)
-    store.touch(entry)
+    store.touch(entry.key)
     assert again(store).index.get(f"used:{KEY[7:]}") > 1_700_000_000
 
 
@@ -379,10 +380,10 @@ def test_a_disk_that_is_full_when_the_index_is_written(tiny_disk: Path) -> None:
 def test_a_disk_that_is_read_only(tiny_disk: Path) -> None:
     store = Store(tiny_disk)
     entry = build(store)
-    store.index.close()
+    store.close()
     subprocess.run(["mount", "-o", "remount,ro", tiny_disk], check=True)
     assert store.find(KEY) == entry
-    store.touch(entry)
+    store.touch(entry.key)
     with (
         pytest.raises(StoreError, match="Read-only file system") as caught,
         store.building(Digest("sha256:" + "0" * 64)),

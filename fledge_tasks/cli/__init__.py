@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 a build failed, 2 the user's input is wrong, 128 + n ended
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -14,27 +13,16 @@ import click
 
 from fledge_tasks import __version__
 from fledge_tasks.cli.context import Context
+from fledge_tasks.cli.lazy import LazyGroup
 from fledge_tasks.errors import FledgeError
 from fledge_tasks.interrupt import Interrupted, interruptible
 
-COMMANDS = ("build", "plan", "lock", "verify", "doctor", "clean")
-"""Each is the function of this name in the module of this name."""
+COMMANDS = ("build", "plan", "explain", "lock", "verify", "cache", "doctor", "clean")
 
 
-class _Lazy(click.Group):
-    """Imports the one command that runs: what others need takes longer than a build that does nothing."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in COMMANDS:
-            return None
-        command: click.Command = getattr(importlib.import_module(f"fledge_tasks.cli.{cmd_name}"), cmd_name)
-        return command
-
-
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup, package=__name__, commands=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="fledge")
 @click.option(
     "-C", "folder", default=".", metavar="DIR", type=click.Path(path_type=Path), help="Workspace; default: this folder."

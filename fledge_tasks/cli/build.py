@@ -28,12 +28,14 @@ def build(context: Context, *, names: tuple[str, ...], jobs: int, locked: bool, 
     images = planner.workspace.select(names)
     planner.check(images)
     view = make_view(is_quiet=as_json)
+    graph = Graph(planner, tell=view.tell)
     targets = [f"build:{image.name}" for image in images]
     try:
         with view:
-            outcome = runner.run(Loader(Graph(planner), images), targets, jobs=jobs, listener=view)
+            outcome = runner.run(Loader(graph, images), targets, jobs=jobs, listener=view)
+        graph.record()
     finally:
-        planner.store.index.close()
+        planner.store.close()
     report = make_report(planner, images, outcome.results, time.monotonic() - started)
     show_errors(report)
     if as_json:

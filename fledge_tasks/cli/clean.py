@@ -25,7 +25,7 @@ def clean(context: Context, names: tuple[str, ...], cache: bool) -> None:
                 click.echo(f"removed {path}")
     if cache:
         # Only what the store made: README and .gitignore in the folder are the user's.
-        for name in ("objects", "tmp", "locks", "aside", "index"):
+        for name in ("objects", "tmp", "locks", "leases", "aside", "index"):
             shutil.rmtree(workspace.cache / name, ignore_errors=True)
         (workspace.cache / "CACHEDIR.TAG").unlink(missing_ok=True)
         click.echo(f"removed the content of {workspace.cache}")

@@ -11,6 +11,7 @@ import click
 
 from fledge_tasks import workspace
 from fledge_tasks.config import ImageConfig
+from fledge_tasks.errors import ConfigError, InputError
 from fledge_tasks.plan import Planner
 from fledge_tasks.store import Store
 from fledge_tasks.workspace import Workspace
@@ -30,6 +31,16 @@ class Context:
         """Return a planner for the workspace."""
         found = self.load()
         return Planner(found, Store(found.cache), locked=locked, offline=offline)
+
+    def store(self) -> tuple[Store, Planner | None]:
+        """Return the cache, and a planner where there is a workspace. Raises ConfigError for a broken one."""
+        try:
+            planner = self.planner()
+        except ConfigError:
+            raise
+        except InputError:
+            return Store(workspace.cache_folder(self.folder)), None
+        return planner.store, planner
 
 
 def names_argument(function: Callable[..., object]) -> Callable[..., object]:

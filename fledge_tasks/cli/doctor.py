@@ -71,7 +71,7 @@ def _daemon() -> _Check:
 
 
 def _cache(folder: Path) -> Iterator[_Check]:
-    cache = Path(os.environ.get(workspace.CACHE_VARIABLE) or folder / "cache").absolute()
+    cache = workspace.cache_folder(folder)
     place = cache
     while not place.exists():
         place = place.parent

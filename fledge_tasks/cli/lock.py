@@ -37,7 +37,7 @@ def lock(context: Context, names: tuple[str, ...], jobs: int, update: bool) -> i
             with planner.store.building(sha256_bytes(f"lock file {planner.workspace.lock}".encode())):
                 planner.lock.keep_only(used, agents)
     finally:
-        planner.store.index.close()
+        planner.store.close()
     after = planner.lock.read().images
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name), after.get(name)

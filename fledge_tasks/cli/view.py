@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from typing import TYPE_CHECKING, Protocol, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
 import click
 
@@ -22,6 +24,7 @@ class View(Protocol):
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *_: object) -> None: ...
+    def tell(self, image: str, why: str) -> None: ...
     def started(self, task: str) -> None: ...
     def finished(self, task: str, result: TaskResult) -> None: ...
     def advanced(self, task: str, done_bytes: int, total_bytes: int | None) -> None: ...
@@ -42,6 +45,9 @@ class _Quiet:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def tell(self, image: str, why: str) -> None:
+        pass
+
     def started(self, task: str) -> None:
         pass
 
@@ -56,7 +62,10 @@ class _Quiet:
 
 
 class _Plain(_Quiet):
-    """A line for each task that did something."""
+    """A line for each task that did something, and for each image why."""
+
+    def tell(self, image: str, why: str) -> None:
+        click.echo(f"{image}: {why}", err=True)
 
     def finished(self, task: str, result: TaskResult) -> None:
         if result.status in {"built", "failed"}:
@@ -90,6 +99,9 @@ class _Live(_Quiet):
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+    def tell(self, image: str, why: str) -> None:
+        self._progress.console.print(f"{image}: {why}", highlight=False, markup=False)
 
     def started(self, task: str) -> None:
         self._bars[task] = self._progress.add_task(task, total=None)
@@ -127,6 +139,44 @@ def human(count: int) -> str:
     from rich.filesize import decimal
 
     return decimal(count)
+
+
+def show_rows(titles: Sequence[str], rows: Iterable[Sequence[str]], file: TextIO) -> None:
+    """Print a table; the first column holds names, all others numbers. Lines with tabs where nobody looks."""
+    if not file.isatty():
+        for row in (titles, *rows):
+            file.write("\t".join(row) + "\n")
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for number, title in enumerate(titles):
+        table.add_column(title, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(file=file).print(table)
+
+
+@contextlib.contextmanager
+def bar(name: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
+    """Show how far a command is while the block runs, on a terminal; the value is told bytes as they are done."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    view = _Live()
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        view.advanced(name, done, total_bytes)
+        view.tick()
+
+    with view:
+        view.started(name)
+        yield advance
 
 
 def show_report(report: Report) -> None:

@@ -1,0 +1,189 @@
+"""What builds leave in the index for later: what each image was last made of, and what reuse saved.
+
+    image:<lock file>:<name>   {"lock": [names in the lock file], "keys": {stage: [key]}, "texts": {stage: key text},
+                                "seconds", "bytes", "time"}
+    day:<YYYY-MM-DD>           {"hits", "misses", "seconds_built", "seconds_saved", "bytes_built", "bytes_saved"}
+
+Of an image there are the keys of its entries by stage, and the key texts of the stages that make no
+entry. `seconds` and `bytes` are what all its stages come to: what a build saves that finds
+everything. Days are those of UTC. Like all of the index this may be lost: then gc knows only the
+workspace that it is called in, `explain` knows no earlier build, and counting starts anew.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from fledge_tasks import fresh, output
+from fledge_tasks.config import ImageConfig
+from fledge_tasks.digest import Digest, short
+from fledge_tasks.errors import FledgeError
+from fledge_tasks.index import Index
+from fledge_tasks.plan import ImagePlan, Planner
+from fledge_tasks.store import Store
+
+REFRESH_SECONDS = 86_400
+_T = TypeVar("_T")
+
+
+class Made(msgspec.Struct, frozen=True):
+    """What an image was last made of. `lock` names its entries in the lock file, `time` is when this was noted."""
+
+    lock: list[str]
+    keys: dict[str, list[Digest]]
+    texts: dict[str, str]
+    seconds: float
+    bytes: int
+    time: int
+
+    def all_keys(self) -> set[Digest]:
+        """Return the keys of all its entries."""
+        return {key for keys in self.keys.values() for key in keys}
+
+
+class Counts(msgspec.Struct):
+    """What builds did: stages found and made, seconds and bytes that those saved and these took.
+
+    What a stage saves is what it took to make, for each image that needs it: what it would take
+    if every image were built by itself, from nothing.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    seconds_built: float = 0.0
+    seconds_saved: float = 0.0
+    bytes_built: int = 0
+    bytes_saved: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Add the numbers of `other`."""
+        for field in self.__struct_fields__:
+            setattr(self, field, round(getattr(self, field) + getattr(other, field), 3))
+
+
+def record(planner: Planner, images: Iterable[ImageConfig], missed: Mapping[str, bool]) -> None:
+    """Note what a run came to, and that what it used was used now.
+
+    `missed` tells for each task that was looked at whether it had to run.
+    """
+    store, counts, built = planner.store, Counts(), set[str]()
+    with store.index.together():
+        for image in images:
+            if f"manifest:{image.name}" not in missed:
+                continue
+            try:
+                plan = planner.plan(image)
+            except FledgeError:
+                continue
+            if plan is not None:
+                counts.add(_note(store, planner, plan, missed, built))
+        if counts != Counts():
+            name = f"day:{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+            today = _decoded(store.index.get(name), Counts) or Counts()
+            today.add(counts)
+            store.index.set(name, msgspec.to_builtins(today))
+
+
+def _note(store: Store, planner: Planner, plan: ImagePlan, missed: Mapping[str, bool], built: set[str]) -> Counts:
+    """Note what an image is made of, and return its counts; `built` are the tasks that others have counted."""
+    name = f"image:{planner.workspace.lock}:{plan.image.name}"
+    made = _decoded(store.index.get(name), Made)
+    now = int(time.time())
+    tasks = list(_tasks(plan))
+    is_changed = any(missed.get(task) for task, _ in tasks)
+    if made is None or is_changed or not 0 <= now - made.time < REFRESH_SECONDS:
+        written = fresh.is_described(plan)
+        if not isinstance(written, output.Written):
+            return Counts()  # it failed, or was not asked for
+        made = _made(store, planner, plan, now)
+        store.index.set(name, msgspec.to_builtins(made))
+        for used in made.all_keys():
+            store.touch(used)
+    if not is_changed:
+        return Counts(hits=len(tasks), seconds_saved=made.seconds, bytes_saved=made.bytes)
+    counts = Counts()
+    for task, key in tasks:
+        seconds, size = _cost(store, plan, key)
+        if missed.get(task) and task not in built:
+            built.add(task)
+            counts.add(Counts(misses=1, seconds_built=seconds, bytes_built=size))
+        else:
+            counts.add(Counts(hits=1, seconds_saved=seconds, bytes_saved=size))
+    return counts
+
+
+def made_images(index: Index) -> dict[str, Made]:
+    """Return what is noted of images, by '<lock file>:<name>'."""
+    noted = {name: _decoded(value, Made) for name, value in index.items("image").items()}
+    return {name: made for name, made in noted.items() if made is not None}
+
+
+def made_image(planner: Planner, image: ImageConfig) -> Made | None:
+    """Return what is noted of one image."""
+    return _decoded(planner.store.index.get(f"image:{planner.workspace.lock}:{image.name}"), Made)
+
+
+def days(index: Index) -> dict[str, Counts]:
+    """Return what was counted, by day."""
+    noted = {day: _decoded(value, Counts) for day, value in sorted(index.items("day").items())}
+    return {day: counts for day, counts in noted.items() if counts is not None}
+
+
+def lock_path(name: str) -> Path:
+    """Return the lock file in the name of an image's note."""
+    return Path(name.rpartition(":")[0])
+
+
+def _made(store: Store, planner: Planner, plan: ImagePlan, now: int) -> Made:
+    costs = [_cost(store, plan, key) for _, key in _tasks(plan)]
+    names = [planner.lock_name(plan.image), planner.agent_name(plan.image)]
+    keys = {
+        "config": [plan.config.key()],
+        "agent": [plan.agent.key()] if plan.agent else [],
+        "unpack": [layer.unpack_key for layer in plan.layers],
+        "customize": [plan.customize.key()],
+        "mkfs": [plan.mkfs.key()],
+    }
+    texts = {"assemble": plan.assemble.text()}
+    if isinstance(image := fresh.is_assembled(plan), output.Written):
+        texts["manifest"] = plan.manifest(image.sha256).text()
+    return Made(
+        [name for name in names if name], keys, texts,
+        round(sum(seconds for seconds, _ in costs), 3), sum(size for _, size in costs), now,
+    )  # fmt: skip
+
+
+def _tasks(plan: ImagePlan) -> Iterator[tuple[str, Digest | None]]:
+    """Yield the tasks of an image with the keys of their entries, where they have one that stays."""
+    name = plan.image.name
+    yield f"resolve:{name}", plan.config.key()
+    for layer in dict.fromkeys(plan.layers):
+        yield f"fetch:{short(layer.ref.diff_id)}", None
+        yield f"unpack:{short(layer.ref.diff_id)}", layer.unpack_key
+    yield f"mkfs:{name}", plan.mkfs.key()
+    yield f"assemble:{name}", plan.assemble.key()
+    yield f"manifest:{name}", None
+
+
+def _cost(store: Store, plan: ImagePlan, key: Digest | None) -> tuple[float, int]:
+    """Return the seconds and bytes of what a task made; those of a fetch are with its layer."""
+    if key is None:
+        return 0.0, 0
+    if key == plan.assemble.key():
+        written = fresh.is_assembled(plan)
+        return (written.seconds, written.size) if isinstance(written, output.Written) else (0.0, 0)
+    entry = store.look(key)
+    return (entry.cost_seconds, entry.size) if entry else (0.0, 0)
+
+
+def _decoded(value: Any, kind: type[_T]) -> _T | None:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        return None
