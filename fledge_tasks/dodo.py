@@ -16,7 +16,7 @@ from doit.task import Task
 
 from fledge_tasks import workspace
 from fledge_tasks.errors import FledgeError
-from fledge_tasks.plan import Planner
+from fledge_tasks.plan import Planner, source_date_epoch
 from fledge_tasks.runner import harden
 from fledge_tasks.store import Store
 from fledge_tasks.tasks import DOIT_CONFIG, Graph
@@ -30,6 +30,7 @@ def task_fledge() -> Iterator[Task]:
     """Yield the tasks of the workspace in the current folder, where doit changes to."""
     try:
         found = workspace.load(Path.cwd())
+        source_date_epoch()  # what is wrong with it is wrong with all images, and found before any is looked up
         planner = Planner(found, Store(found.cache))
         graph = Graph(planner)
         tasks = graph.tasks(found.images)

@@ -21,7 +21,7 @@ Compression = Literal["gzip", "zstd", "none"]
 
 @dataclass(frozen=True)
 class Member:
-    """One archive member; `path`, `link` and `type` stand in the archive as they are given."""
+    """One archive member; `path`, `link`, `type` and `pax` stand in the archive as they are given."""
 
     path: str
     data: bytes = b""
@@ -33,6 +33,7 @@ class Member:
     link: str = ""
     rdev: tuple[int, int] = (0, 0)
     xattrs: dict[str, bytes] = field(default_factory=dict)
+    pax: dict[str, str] = field(default_factory=dict)
 
 
 def folder(path: str, mode: int = 0o755) -> Member:
@@ -63,6 +64,7 @@ def archive(members: Iterable[Member], format: int = tarfile.PAX_FORMAT) -> byte
                 info.pax_headers = {
                     **({} if member.mtime.isdecimal() else {"mtime": member.mtime}),
                     **{f"SCHILY.xattr.{name}": _text(value) for name, value in member.xattrs.items()},
+                    **member.pax,
                 }
             if member.mtime.removeprefix("-").isdecimal():
                 info.mtime = int(member.mtime)

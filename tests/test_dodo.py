@@ -186,3 +186,9 @@ def test_a_layer_has_the_name_of_its_diff_id(workspace: Workspace) -> None:
     diff_ids = Layout(workspace.root / "layouts" / "web").write(BASE, MORE).diff_ids
     assert layers(workspace) == [short(diff_id) for diff_id in diff_ids]
     assert ran(doit(workspace, f"unpack:{short(diff_ids[0])}")) == set()
+
+
+def test_a_wrong_epoch_ends_it_before_anything_runs(workspace: Workspace) -> None:
+    late = Workspace(workspace.root, workspace.home, env={"SOURCE_DATE_EPOCH": "tomorrow"})
+    assert doit(late, code=2)[0].startswith("error: variable SOURCE_DATE_EPOCH: found 'tomorrow', expected seconds")
+    assert not (workspace.root / "fledge.lock").exists()

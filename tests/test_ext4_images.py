@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 import stat
+import struct
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from fledge_tasks.errors import FilesystemError
 from fledge_tasks.oci.layer_index import Entry, Kind
 from tests.tools import need, need_root
-from tests.trees import MIB, PARAMETERS, Built, Content, available_bytes, build, check, fill, mounted, tool
+from tests.trees import MIB, PARAMETERS, Built, Content, available_bytes, build, check, debugfs, fill, mounted, tool
 
 ACL = bytes.fromhex("02000000 01000700ffffffff 02000600e8030000 04000500ffffffff 10000700ffffffff 20000500ffffffff")
 CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")
@@ -139,6 +141,29 @@ def test_same_bytes_whatever_surrounds_it(
     finally:
         os.umask(old)
     assert again.assembled.sha256 == image[1].assembled.sha256
+
+
+@pytest.mark.parametrize(("epoch", "expected"), [(0, 1), (5, 5), (2**31, 2**31 - 1), (2**32 - 1, 2**31 - 1)])
+def test_times_of_its_own_are_those_that_all_e2fsprogs_agree_about(tmp_path: Path, epoch: int, expected: int) -> None:
+    fill(tmp_path, [], dataclasses.replace(PARAMETERS, epoch=epoch))
+    superblock = (tmp_path / "bare.img").read_bytes()[1024:2048]
+    # s_wtime, s_lastcheck, s_mkfs_time
+    assert [struct.unpack_from("<I", superblock, at)[0] for at in (0x30, 0x40, 0x108)] == [expected] * 3
+    for number in (7, 8):  # resize inode and journal
+        listed = debugfs(tmp_path / "bare.img", [b"stat <%d>" % number])[0]
+        assert re.findall(r"time: (\w+)", listed) == [f"0x{expected:08x}"] * 4
+    listed = debugfs(tmp_path / "bare.img", [b"stat /"])[0]
+    assert f"ctime: 0x{epoch:08x}" in listed, "the tree has the time itself"
+
+
+def test_bitmaps_of_groups_in_use_are_written(tmp_path: Path) -> None:
+    fill(tmp_path, [], dataclasses.replace(PARAMETERS, buffer_bytes=900 * MIB))
+    groups = re.split(r"^Group \d+: ", tool("dumpe2fs", tmp_path / "bare.img"), flags=re.MULTILINE)[1:-1]
+    free = ["32768 free blocks" in group for group in groups]  # the last, left out, is shorter
+    left = ["BLOCK_UNINIT" in group for group in groups]
+    assert free == left
+    assert True in left and not left[1] and not left[3], "groups 1 and 3 have copies of the superblock"
+    check(tmp_path / "bare.img")
 
 
 def names_of(count: int, length: int) -> Content:

@@ -68,7 +68,7 @@ def make(root: Inode, parameters: Parameters, image: Path, scratch: Path) -> Fil
     items = _number(root, parameters.epoch)
     needed = _prepare(items, parameters.hash_seed)
     blocks = ext4_size.create(image, scratch, parameters, needed_blocks=needed, inodes=len(items))
-    with libext2fs.opened(image, parameters.epoch) as filesystem:
+    with libext2fs.opened(image, parameters.own_time) as filesystem:
         extents = _Filler(filesystem, blocks, parameters.epoch).fill(items)
     counts = ext4_size.read_counts(image)
     return Filled(extents, counts.free_blocks * BLOCK_BYTES, counts.free_inodes)

@@ -30,6 +30,7 @@ _MIN_BLOCKS_PER_GROUP = 4_096
 _INODES_PER_BLOCK = 16
 _RESERVED_INODES = 10
 _MIN_JOURNAL_BLOCKS = 2_048  # below that, mke2fs makes none (ext2fs_default_journal_size in mkjournal.c)
+_MAX_OWN_TIME = (1 << 31) - 1
 _TOLERANCE_BLOCKS = 64
 _MIB_BLOCKS = 256
 _ATTEMPTS = 32
@@ -48,6 +49,15 @@ class Parameters:
     hash_seed: bytes
     epoch: int
     buffer_bytes: int
+
+    @property
+    def own_time(self) -> int:
+        """The time of what is in no tree: superblock, journal, reserved inodes.
+
+        It is `epoch` where all versions of e2fsprogs make the same of it: they take 0 for 'look at the
+        clock' (fs->now), and write times after 2038 into such inodes in different ways.
+        """
+        return min(max(self.epoch, 1), _MAX_OWN_TIME)
 
 
 @dataclass(frozen=True)
@@ -171,5 +181,6 @@ def _mke2fs(
         image,
         str(blocks),
     ]  # fmt: skip
-    times = {"E2FSPROGS_FAKE_TIME": str(parameters.epoch), "SOURCE_DATE_EPOCH": str(parameters.epoch)}
+    time = str(parameters.own_time)
+    times = {"E2FSPROGS_FAKE_TIME": time, "SOURCE_DATE_EPOCH": time}
     run(argv, env={"MKE2FS_CONFIG": str(configuration), **times})

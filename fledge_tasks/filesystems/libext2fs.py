@@ -64,6 +64,10 @@ errcode_t ext2fs_read_inode_full(ext2_filsys, ext2_ino_t, void *, int);
 errcode_t ext2fs_write_inode_full(ext2_filsys, ext2_ino_t, const void *, int);
 void ext2fs_inode_alloc_stats2(ext2_filsys, ext2_ino_t, int, int);
 void ext2fs_block_alloc_stats_range(ext2_filsys, blk64_t, blk_t, int);
+unsigned int ext2fs_group_blocks_count(ext2_filsys, unsigned int);
+unsigned int ext2fs_bg_free_blocks_count(ext2_filsys, unsigned int);
+void ext2fs_bg_flags_clear(ext2_filsys, unsigned int, unsigned short);
+void ext2fs_group_desc_csum_set(ext2_filsys, unsigned int);
 errcode_t ext2fs_find_first_zero_block_bitmap2(void *, blk64_t, blk64_t, blk64_t *);
 errcode_t ext2fs_find_first_set_block_bitmap2(void *, blk64_t, blk64_t, blk64_t *);
 errcode_t ext2fs_write_dir_block4(ext2_filsys, blk64_t, const void *, int, ext2_ino_t);
@@ -100,6 +104,7 @@ _FLAG_RW, _FLAG_CHANGED, _FLAG_DIRTY, _FLAG_64BITS, _FLAG_MASTER_SB_ONLY = 0x01,
 _HALF_MD4 = 1  # EXT2_HASH_HALF_MD4, signed characters
 _SB_KBYTES_WRITTEN, _SB_FLAGS = 0x178, 0x160  # ext4 disk layout, 'The Super Block'
 _SIGNED_HASH, _UNSIGNED_HASH = 0x1, 0x2
+_BLOCK_UNINIT = 0x2  # EXT2_BG_BLOCK_UNINIT
 _EXTENT_ROOT, _EXTENT_NEXT = 0x1, 0x9  # EXT2_EXTENT_ROOT, _NEXT
 _EXTENT_IS_LEAF, _EXTENT_IS_UNWRITTEN = 0x1, 0x2  # EXT2_EXTENT_FLAGS_LEAF, _UNINIT
 _NO_NEXT_EXTENT = 2133571328 + 124  # EXT2_ET_EXTENT_NO_NEXT
@@ -183,6 +188,17 @@ class Ext2Filesystem:
             end = blocks if error else found[0]
             yield start, end - start
             start = end
+
+    def _write_bitmaps_in_use(self) -> None:
+        """Have the bitmap of every group written that holds as much as a copy of the superblock.
+
+        mke2fs 1.47.2 writes them, up to 1.47.0 it leaves them for the kernel to work out.
+        """
+        for group in range(self._fs.group_desc_count):
+            free = self._library.ext2fs_bg_free_blocks_count(self._fs, group)
+            if free != self._library.ext2fs_group_blocks_count(self._fs, group):
+                self._library.ext2fs_bg_flags_clear(self._fs, group, _BLOCK_UNINIT)
+                self._library.ext2fs_group_desc_csum_set(self._fs, group)
 
     def write_directory_block(self, block: int, data: bytes, inode: int) -> None:
         """Write a folder's block, index blocks included; the checksum is filled in."""
@@ -322,7 +338,7 @@ def opened_for_reading(image: Path) -> Iterator[Ext2Reader]:
 
 @contextlib.contextmanager
 def opened(image: Path, now: int) -> Iterator[Ext2Filesystem]:
-    """Open the filesystem in `image` for filling, all its times being `now`.
+    """Open the filesystem in `image` for filling, all its times being `now`, which is not 0.
 
     Closing writes bitmaps, group descriptors, and all copies of the superblock. On an exception
     nothing more is written, and the image is of no use. Raises FilesystemError.
@@ -341,6 +357,7 @@ def opened(image: Path, now: int) -> Iterator[Ext2Filesystem]:
         fs.super[_SB_KBYTES_WRITTEN : _SB_KBYTES_WRITTEN + 8] = list(bytes(8))
         fs.flags = (fs.flags | _FLAG_DIRTY | _FLAG_CHANGED) & ~_FLAG_MASTER_SB_ONLY
         filesystem._check(library.ext2fs_read_bitmaps(fs))
+        filesystem._write_bitmaps_in_use()
         yield filesystem
     except BaseException:
         fs = handle[0]
