@@ -54,6 +54,7 @@ class Layout:
         created: str = CREATED,
         diff_ids: Sequence[str] = (),
         blobs: Mapping[int, bytes] | None = None,
+        tag: str | None = None,
     ) -> Layout:
         """Like `write`, for layers that are archives already; `blobs` are other ones for some of them."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -76,6 +77,8 @@ class Layout:
             "layers": layers,
         }
         entry = self._json(manifest, mediaType=manifest["mediaType"])
+        if tag is not None:
+            entry["annotations"] = {"org.opencontainers.image.ref.name": tag}
         (self.path / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry]}))
         (self.path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
         return self

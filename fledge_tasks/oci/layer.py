@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
 from fledge_tasks.errors import BlobError, LayerError, LimitError
+from fledge_tasks.oci import attributes
 from fledge_tasks.oci.decompress import open_stream
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, Entry, IndexWriter, Kind, Run
 from fledge_tasks.oci.limits import Limits
@@ -169,9 +170,14 @@ def _entry(member: Member, archive: Archive, payload: PayloadWriter) -> Entry:
         rdev = major, minor = member.rdev
         if not (0 <= major <= _MAX_MAJOR and 0 <= minor <= _MAX_MINOR):
             raise LayerError(f"{shown(path)}: Linux has no device {major}:{minor}")
-    mode = member.mode & 0o7777
+    mode, xattrs = member.mode & 0o7777, member.xattrs
+    if xattrs and kind is not Kind.HARDLINK:
+        try:
+            mode, xattrs = attributes.kept(kind, mode, xattrs)
+        except LayerError as error:
+            raise LayerError(f"{shown(path)}: {error.message}") from None
     return Entry(
-        path, kind, mode, member.uid, member.gid, member.mtime_ns, member.size, block, link, rdev, member.xattrs, runs
+        path, kind, mode, member.uid, member.gid, member.mtime_ns, member.size, block, link, rdev, xattrs, runs
     )
 
 

@@ -45,7 +45,8 @@ _KINDS = {
 # Mode, uid, gid, size and mtime as nearly all archives have them; others take the longer way.
 _NUMBERS = re.compile(rb"([0-7]{6}[0-7 ])[ \0]" * 3 + rb"([0-7]{11})[ \0]" * 2)
 _MAX_INT64 = (1 << 63) - 1
-_MAX_ID = (1 << 32) - 1
+_MAX_ID = (1 << 32) - 2  # the one above stands for none (chown(2))
+_GNU_MAGIC = b"ustar  \0"
 
 
 class Member(msgspec.Struct, gc=False, eq=False):
@@ -87,7 +88,6 @@ class Archive:
         self._left = 0  # data bytes of the current member that were not read yet
         self._padding = 0
         self._path = b""
-        self._globals: dict[bytes, bytes] = {}
 
     def members(self) -> Iterator[Member]:
         """Yield all members in order; data that was not read until the next one is skipped.
@@ -102,15 +102,14 @@ class Archive:
                 data = self._extension(block)
                 if kind == b"x":
                     records = self._parse_records(data)
-                elif kind == b"g":
-                    self._globals |= self._parse_records(data)
                 elif kind == b"L":
                     name = data.partition(b"\0")[0]
-                else:
+                elif kind == b"K":
                     link = data.partition(b"\0")[0]
+                # What 'g' says of all members that follow, Go's archive/tar leaves to its callers, and
+                # none that unpacks layers does anything with it.
                 continue
-            merged = self._globals | records if records else self._globals
-            member = self._member(block, merged, name, link)
+            member = self._member(block, records or {}, name, link)
             if kind != b"V":
                 yield member
             records = None
@@ -183,6 +182,8 @@ class Archive:
             # star has access and change times behind a shorter prefix.
             prefix = block[345 : 476 if block[508:512] == b"tar\0" else 500].partition(b"\0")[0]
             path = prefix + b"/" + path
+        elif magic == _GNU_MAGIC and block[345] and (prefix := _prefix_of_old_go(block)):
+            path = prefix + b"/" + path
         # An empty value takes a record back (POSIX, pax, 'pax Extended Header').
         path = long_name or records.get(b"path") or path
         link = long_link or records.get(b"linkpath") or block[157:257].partition(b"\0")[0]
@@ -203,7 +204,7 @@ class Archive:
                 self._left = size
                 self._padding = -size % _BLOCK
                 if block[156] == 0x53:  # S
-                    if magic != b"ustar  \0":
+                    if magic != _GNU_MAGIC:
                         raise LayerError("it is sparse as only GNU tar writes it, but not in the GNU format")
                     size = _number(block[483:495])
                     segments = _segments(self._old_gnu_map(block), size)
@@ -296,6 +297,20 @@ def _is_header(block: bytes) -> bool:
         return False
     # Some old programs summed signed bytes.
     return stored == total or stored == total - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
+
+
+def _prefix_of_old_go(block: bytes) -> bytes:
+    """Return the prefix in a GNU header, which has access and change times in its place, b'' when those are there.
+
+    Docker before 1.13 wrote it, compiled by a Go before 1.8; archive/tar looks for it to this day.
+    """
+    try:
+        for at in (345, 357):
+            _number(block[at : at + 12])
+    except LayerError:
+        prefix = block[345:500].partition(b"\0")[0]
+        return prefix if prefix.isascii() else b""
+    return b""
 
 
 def _numbers(block: bytes, records: dict[bytes, bytes]) -> tuple[int, int, int, int, int]:

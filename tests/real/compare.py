@@ -13,10 +13,10 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Node:
-    """What a path is, as comparable facts; `links` names all paths of a hard-linked file, itself among them."""
+    """What a path is, as comparable facts; `first` is the first path of its inode, in the order of the alphabet."""
 
     facts: dict[str, object]
-    links: tuple[bytes, ...]
+    first: bytes
 
 
 def compare_trees(
@@ -44,9 +44,9 @@ def compare_trees(
                 differences.append(
                     f"{_shown(path)}: {name} is {ours.facts.get(name)!r}, not {theirs.facts.get(name)!r}"
                 )
-        if theirs.links != ours.links:
-            differences.append(f"{_shown(path)}: shares its inode with {ours.links!r}, not {theirs.links!r}")
-        elif "size" in theirs.facts and path == theirs.links[0] and not _same_content(reference, image, path):
+        if theirs.first != ours.first:
+            differences.append(f"{_shown(path)}: has the inode of {_shown(ours.first)}, not of {_shown(theirs.first)}")
+        elif "size" in theirs.facts and path == theirs.first and not _same_content(reference, image, path):
             differences.append(f"{_shown(path)}: content differs")
     return differences
 
@@ -63,8 +63,8 @@ def _scan(root: bytes) -> dict[bytes, Node]:
         facts[path] = _facts(os.path.join(root, path), info)
         inode = (info.st_dev, info.st_ino) if not stat.S_ISDIR(info.st_mode) else (-1, len(names))
         names.setdefault(inode, []).append(path)
-    groups = {path: tuple(sorted(group)) for group in names.values() for path in group}
-    return {path: Node(facts[path], groups[path]) for path in facts}
+    first = {path: top for group in names.values() for top in [min(group)] for path in group}
+    return {path: Node(facts[path], first[path]) for path in facts}
 
 
 def _walk(root: bytes) -> Iterator[bytes]:
