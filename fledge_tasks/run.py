@@ -63,6 +63,7 @@ def run(
     command = [str(argument) for argument in argv]
     full_env = environment(env)
     with tempfile.TemporaryFile() as errors:
+        process: subprocess.Popen[bytes] | None = None
         try:
             # A signal between the fork and the note of it would leave a program that nobody ends.
             with interrupt.held():
@@ -76,6 +77,7 @@ def run(
                     start_new_session=True,
                     preexec_fn=_begin,  # noqa: PLW1509
                 )
+            output, _ = process.communicate()
         except FileNotFoundError:
             raise ToolError(
                 f"{command[0]} is not installed (not found on PATH)",
@@ -83,10 +85,9 @@ def run(
             ) from None
         except PermissionError as error:
             raise ToolError(f"{command[0]} cannot be started: {error.strerror}") from None
-        try:
-            output, _ = process.communicate()
         except BaseException:
-            _end(process)
+            if process is not None:
+                _end(process)
             raise
         if process.returncode == 0:
             return output
