@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from fledge_tasks.keys import Stage
 from fledge_tasks.oci import source
 from fledge_tasks.oci.layer import unpack as unpack_layer
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, IndexWriter, read_index
+from fledge_tasks.oci.manifest import parse_config
 from fledge_tasks.oci.payload import PayloadWriter
 from fledge_tasks.plan import ImagePlan, Layer, Planner
 from fledge_tasks.progress import meter
@@ -305,7 +305,7 @@ def write_manifest(planner: Planner, plan: ImagePlan) -> Values:
             raise _gone("the OCI config")
         data = manifest.render(
             plan.image.manifest,
-            json.loads(config.file(DATA).read_bytes()),
+            parse_config(config.file(DATA).read_bytes(), where=f"{plan.image.name}: OCI config"),
             name=plan.image.name,
             image=record.image,
             image_digest=record.image_digest,
