@@ -95,10 +95,11 @@ def inspect(name: str) -> DaemonImage:
     if response.status != http.client.OK:
         said = body[:500].decode(errors="replace").strip()
         raise SourceError(f"the Docker daemon answered {response.status}: {said}", where=where, hint=_SKIP_HINT)
-    return _image(body, where)
+    return parse_answer(body, where)
 
 
-def _image(body: bytes, where: str) -> DaemonImage:
+def parse_answer(body: bytes, where: str) -> DaemonImage:
+    """Return the image that a daemon's answer describes. Raises SourceError."""
     try:
         if len(body) > _ANSWER_LIMIT_BYTES:
             raise msgspec.ValidationError("it is too long")
