@@ -243,7 +243,9 @@ class _Merger:
                 if not create:
                     raise _MissingError
                 if inode is not None or parent.children is None:
-                    raise self._error(path, f"{_show(b'/'.join(names[:depth]))} is not a folder")
+                    blocked = b"/".join(names[:depth])
+                    way = "" if blocked == path else f"leads through {_show(blocked)}, which "
+                    raise self._error(path, f"{way}is not a folder")
                 inode = stack[depth] = self._implicit(b"/".join(names[:depth]))
                 parent.children[name] = inode
         last = stack[-1]
