@@ -8,6 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+_LINE_CHARACTERS = 4000
+
+
+def printable(text: str) -> str:
+    """Return a text for a terminal: what others wrote may hold control characters, and be of any length."""
+    if not text.replace("\n", "").replace("\t", "").isprintable():
+        keep = {"\n", "\t"}
+        text = "".join(char if char.isprintable() or char in keep else ascii(char)[1:-1] for char in text)
+    if len(text) > _LINE_CHARACTERS:
+        lines = text.split("\n")
+        text = "\n".join(line if len(line) <= _LINE_CHARACTERS else f"{line[:_LINE_CHARACTERS]}..." for line in lines)
+    return text
+
 
 def _hint(hint: str | None) -> str:
     return "\n  hint: " + hint.replace("\n", "\n  ") if hint else ""
@@ -30,7 +43,7 @@ class FledgeError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.message}" if self.where else self.message
-        return text + _hint(self.hint)
+        return printable(text + _hint(self.hint))
 
 
 class InputError(FledgeError):
