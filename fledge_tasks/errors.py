@@ -17,9 +17,14 @@ def printable(text: str) -> str:
         keep = {"\n", "\t"}
         text = "".join(char if char.isprintable() or char in keep else ascii(char)[1:-1] for char in text)
     if len(text) > _LINE_CHARACTERS:
-        lines = text.split("\n")
-        text = "\n".join(line if len(line) <= _LINE_CHARACTERS else f"{line[:_LINE_CHARACTERS]}..." for line in lines)
+        text = "\n".join(map(_shortened, text.split("\n")))
     return text
+
+
+def _shortened(line: str) -> str:
+    """Return a line without its middle, if it is too long: what was expected stands at its end."""
+    half = _LINE_CHARACTERS // 2
+    return line if len(line) <= _LINE_CHARACTERS else f"{line[:half]}...{line[-half:]}"
 
 
 def _hint(hint: str | None) -> str:
