@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | setup | clean.  PYTHON chooses the interpreter, 3.11 or later.
+# make demo | test | lint | bench | fuzz | setup | clean.  PYTHON chooses the interpreter, 3.11 or later.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ TEST_TOOLS := $(DEMO_TOOLS) umoci:umoci buildah:buildah mmdebstrap:mmdebstrap do
 # Everything in test and bench that mounts an image or starts a daemon needs root.
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),$(shell command -v sudo))
 
-.PHONY: demo test lint bench setup clean demo-tools test-tools python
+.PHONY: demo test lint bench fuzz setup clean demo-tools test-tools python
 .DEFAULT_GOAL := demo
 
 demo: setup demo-tools $(HELLO)/layouts/hello
@@ -34,10 +34,17 @@ lint: setup
 bench: setup test-tools
 	$(AS_ROOT) $(BIN)/python -m bench.run
 
+# Seconds for each target. atheris has wheels for few interpreters, so it is no dependency of the tests.
+FUZZ_SECONDS ?= 60
+fuzz: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=3.0'
+	$(BIN)/python -m fuzz layer -max_total_time=$(FUZZ_SECONDS)
+	$(BIN)/python -m fuzz manifest -max_total_time=$(FUZZ_SECONDS)
+
 setup: python $(VENV)/.stamp
 
 clean:
-	rm -rf $(VENV) build .real-cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build .fuzz .real-cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 	rm -rf $(addprefix examples/*/,build cache layouts fledge.lock)
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

@@ -6,16 +6,20 @@ its time to import and most builds download nothing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import http.client
 import os
 import re
+import socket
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from http.client import HTTPException, HTTPMessage, InvalidURL
+from http.client import HTTPException, HTTPMessage, HTTPSConnection, InvalidURL
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -25,11 +29,13 @@ from fledge_tasks.errors import AgentError
 TIMEOUT_SECONDS = 30.0
 MAX_BYTES = 512 << 20
 BACKOFF_SECONDS = (0.5, 1.0, 2.0)
+SLOW_SECONDS, SLOW_BYTES = 60.0, 60_000
+"""A server that sends fewer bytes than that in that time, be it headers or content, is given up."""
 
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
 _RANGE_NOT_SATISFIABLE = 416
 _PERMANENT = (ssl.SSLCertVerificationError, InvalidURL)
-_READ_BYTES = 1 << 16  # a read waits for all of them, and progress shows only then
+_READ_BYTES = 1 << 16
 _PROGRAM_MAGIC = (b"\x7fELF", b"#!")
 
 
@@ -43,7 +49,8 @@ def download(
     connections and busy servers (408, 429, 5xx) are tried again after BACKOFF_SECONDS, from where
     the transfer broke off if the server can prove that the file is still the same (RFC 9110, 13.1.5
     and 14). Raises AgentError for any other status than 200, a redirect from https to http, more
-    than MAX_BYTES, a digest other than `checksum`, and content that is neither ELF nor a script.
+    than MAX_BYTES, a server that is slower than SLOW_BYTES in SLOW_SECONDS, a digest other than
+    `checksum`, and content that is neither ELF nor a script.
     Raises OSError when `into` cannot be written.
     """
     try:
@@ -92,6 +99,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     ) -> urllib.request.Request | None:
         if req.type == "https" and urllib.parse.urlsplit(newurl).scheme != "https":
             raise AgentError("redirects from https to http, which is refused", where=_show(req.full_url))
+        fp.close()  # else the caller would read all of a body that nobody wants
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -106,15 +114,21 @@ class _Transfer:
         self._url = url
         self._advance = advance
         self._validator: str | None = None
-        self._opener = urllib.request.build_opener(_Redirects)
+        self._received = 0  # over all attempts
+        self._watchdog = _Watchdog(lambda: self._received)
+        self._opener = urllib.request.build_opener(_Redirects, *self._watchdog.handlers)
 
     def run(self) -> None:
         """Transfer the whole file. Raises AgentError, and OSError for `file`."""
         for pause in (*BACKOFF_SECONDS, None):
             try:
-                self._attempt()
+                with self._watchdog.watching():
+                    self._attempt()
                 break
             except _BrokenOffError as error:
+                if self._watchdog.has_bitten:
+                    message = f"is sent too slowly: less than {SLOW_BYTES} bytes in {SLOW_SECONDS:g} s"
+                    raise AgentError(message, where=self.shown) from None
                 if pause is None:
                     tries = len(BACKOFF_SECONDS) + 1
                     raise AgentError(f"cannot be downloaded, tried {tries} times: {error}", where=self.shown) from None
@@ -138,8 +152,9 @@ class _Transfer:
                 self.file.write(data)
                 self.hash.update(data)
                 self.done += len(data)
+                self._received += len(data)
                 self._advance(len(data))
-        if total is not None and self.done != total:
+        if self._watchdog.has_bitten or (total is not None and self.done != total):
             raise _BrokenOffError(f"the connection ended after {self.done} of {total} bytes")
 
     def _open(self) -> Any:
@@ -180,10 +195,69 @@ class _Transfer:
             raise AgentError(f"is larger than {MAX_BYTES >> 20} MiB", where=self.shown)
 
 
+class _Watchdog:
+    """Ends connections that bring too little. `received` returns the bytes that came by now.
+
+    The timeout of a socket is for one call, and starts anew with each byte.
+    """
+
+    def __init__(self, received: Callable[[], int]) -> None:
+        self.has_bitten = False
+        self._received = received
+        self._sockets: list[socket.socket] = []
+        http_class, https_class = (self._class(base) for base in (http.client.HTTPConnection, HTTPSConnection))
+
+        class Http(urllib.request.HTTPHandler):
+            def http_open(self, req: urllib.request.Request) -> Any:
+                return self.do_open(http_class, req)
+
+        class Https(urllib.request.HTTPSHandler):
+            def https_open(self, req: urllib.request.Request) -> Any:
+                return self.do_open(https_class, req)
+
+        self.handlers = (Http, Https)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the connections that are made in the block."""
+        ended = threading.Event()
+        thread = threading.Thread(target=self._run, args=(ended,), name="download-watchdog", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            while self._sockets:
+                self._sockets.pop().close()
+
+    def _class(self, base: type[http.client.HTTPConnection]) -> type[http.client.HTTPConnection]:
+        sockets = self._sockets
+
+        class Connection(base):  # type: ignore[misc,valid-type]
+            def connect(self) -> None:
+                super().connect()
+                # Of our own, since that of the connection is handed on, closed and wrapped in TLS.
+                sockets.append(socket.socket(fileno=os.dup(self.sock.fileno())))
+
+        return Connection
+
+    def _run(self, ended: threading.Event) -> None:
+        seen = self._received()
+        while not ended.wait(SLOW_SECONDS):
+            if (now := self._received()) - seen < SLOW_BYTES:
+                self.has_bitten = True
+                for each in self._sockets:
+                    with contextlib.suppress(OSError):
+                        each.shutdown(socket.SHUT_RDWR)
+                return
+            seen = now
+
+
 def _chunks(response: Any) -> Iterator[bytes]:
     while True:
         try:
-            data: bytes = response.read(_READ_BYTES)
+            data: bytes = response.read1(_READ_BYTES)
         except (OSError, HTTPException) as error:
             raise _BrokenOffError(f"the connection broke off: {error}") from None
         if not data:

@@ -8,6 +8,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+_LINE_CHARACTERS = 4000
+
+
+def printable(text: str) -> str:
+    """Return a text for a terminal: what others wrote may hold control characters, and be of any length."""
+    if not text.replace("\n", "").replace("\t", "").isprintable():
+        keep = {"\n", "\t"}
+        text = "".join(char if char.isprintable() or char in keep else ascii(char)[1:-1] for char in text)
+    if len(text) > _LINE_CHARACTERS:
+        text = "\n".join(map(_shortened, text.split("\n")))
+    return text
+
+
+def _shortened(line: str) -> str:
+    """Return a line without its middle, if it is too long: what was expected stands at its end."""
+    half = _LINE_CHARACTERS // 2
+    return line if len(line) <= _LINE_CHARACTERS else f"{line[:half]}...{line[-half:]}"
+
 
 def _hint(hint: str | None) -> str:
     return "\n  hint: " + hint.replace("\n", "\n  ") if hint else ""
@@ -30,7 +48,7 @@ class FledgeError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.message}" if self.where else self.message
-        return text + _hint(self.hint)
+        return printable(text + _hint(self.hint))
 
 
 class InputError(FledgeError):

@@ -71,7 +71,7 @@ class LockFile:
         if seen != self._seen:
             try:
                 content = msgspec.json.decode(self.path.read_bytes(), type=Content)
-            except (OSError, msgspec.MsgspecError) as error:
+            except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
                 raise LockError(f"cannot be read: {error}", where=str(self.path), hint=_HINT) from None
             if content.version != VERSION:
                 raise LockError(

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import re
+from collections.abc import Mapping
 
 from fledge_tasks import agent
 from fledge_tasks.config import ImageConfig
@@ -21,6 +21,7 @@ from fledge_tasks.fresh import is_resolved, is_unpacked
 from fledge_tasks.keys import Agent, Config
 from fledge_tasks.lock import LockedAgent, LockedImage
 from fledge_tasks.oci import layout, source
+from fledge_tasks.oci.manifest import parse_config
 from fledge_tasks.plan import Layer, Planner
 from fledge_tasks.progress import meter
 from fledge_tasks.stages import DATA, HIT, Values, keep_blob
@@ -90,7 +91,8 @@ def _resolve_image(
                         resolution.blobs / layer.ref.blob.removeprefix("sha256:"), layer.ref, into, where=where
                     )
                     moved += keep_blob(planner.store, layer, into)
-    return pinned or LockedImage(resolution.image, resolution.identity, _created(resolution.config)), moved
+    config = parse_config(resolution.config, where=reference.canonical)
+    return pinned or LockedImage(resolution.image, resolution.identity, created(config)), moved
 
 
 def _keep_config(store: Store, config: bytes) -> int:
@@ -131,9 +133,9 @@ def _resolve_agent(
             return LockedAgent(digest), 0 if found else store.publish(record.text(), record.stage(), folder).size
 
 
-def _created(config: bytes) -> int:
+def created(config: Mapping[str, object]) -> int:
     """Return the config's creation time in seconds, 0 when it has none or one before 1970."""
-    match = _CREATED.fullmatch(str(json.loads(config).get("created")))
+    match = _CREATED.fullmatch(str(config.get("created")))
     if match is None:
         return 0
     try:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from fledge_tasks.keys import Stage
 from fledge_tasks.oci import source
 from fledge_tasks.oci.layer import unpack as unpack_layer
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, IndexWriter, read_index
+from fledge_tasks.oci.manifest import parse_config
 from fledge_tasks.oci.payload import PayloadWriter
 from fledge_tasks.plan import ImagePlan, Layer, Planner
 from fledge_tasks.progress import meter
@@ -71,17 +71,27 @@ def fetch(planner: Planner, plan: ImagePlan, layer: Layer) -> Values:
         with store.staging(layer.blob.key()) as scratch:
             into = scratch / "into"
             into.mkdir()
-            source.fetch(
-                plan.reference,
-                plan.locked.image,
-                [each.ref for each in wanted],
-                folder=plan.image.folder,
-                into=into,
-                scratch=scratch,
-                advance=progress.add,
-                offline=planner.offline,
-            )
-            fetched = {each.ref.diff_id: _publish_blob(store, each, into) for each in wanted}
+
+            def get(layers: Sequence[Layer]) -> None:
+                source.fetch(
+                    plan.reference,
+                    plan.locked.image,
+                    [each.ref for each in layers],
+                    folder=plan.image.folder,
+                    into=into,
+                    scratch=scratch,
+                    advance=progress.add,
+                    offline=planner.offline,
+                )
+
+            try:
+                get(wanted)
+            except BlobError:
+                # If it is another layer's blob, that layer's own task is to fail, and no other.
+                if not _blob_file(layer, into).exists():
+                    get([layer])
+            whole = [each for each in wanted if _blob_file(each, into).exists()]
+            fetched = {each.ref.diff_id: _publish_blob(store, each, into) for each in whole}
     return {"bytes": fetched[layer.ref.diff_id], "fetched": fetched}
 
 
@@ -91,9 +101,13 @@ def keep_blob(store: Store, layer: Layer, into: Path) -> int:
         return 0 if is_fetched(store, layer) else _publish_blob(store, layer, into)
 
 
+def _blob_file(layer: Layer, into: Path) -> Path:
+    return into / layer.ref.blob.removeprefix("sha256:")
+
+
 def _publish_blob(store: Store, layer: Layer, into: Path) -> int:
     with store.staging(layer.blob.key()) as folder:
-        fsutil.move(into / layer.ref.blob.removeprefix("sha256:"), folder / BLOB)
+        fsutil.move(_blob_file(layer, into), folder / BLOB)
         # Not synced: it is read once, soon, and checked against its digest then.
         return _publish(store, layer.blob, folder, durable=False).size
 
@@ -307,7 +321,7 @@ def write_manifest(planner: Planner, plan: ImagePlan) -> Values:
             raise _gone("the OCI config")
         data = manifest.render(
             plan.image.manifest,
-            json.loads(config.file(DATA).read_bytes()),
+            parse_config(config.file(DATA).read_bytes(), where=f"{plan.image.name}: OCI config"),
             name=plan.image.name,
             image=record.image,
             image_digest=record.image_digest,

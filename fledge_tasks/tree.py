@@ -18,6 +18,10 @@ from fledge_tasks.errors import TreeError
 from fledge_tasks.oci.layer_index import Entry, Kind
 
 MAX_LINKS = 255  # as filepath-securejoin, which umoci uses
+MAX_IMPLICIT_BYTES = 1 << 30
+"""What folders that no entry describes may take: one entry can make 2,048 of them, each with a path of 4 KiB."""
+
+_INODE_BYTES = 1 << 9  # about what a folder takes beside its path
 _DIRECTORY_MODE = 0o755
 
 
@@ -81,6 +85,7 @@ class _Merger:
         # Parents already found, by path as written. Removing a folder or symlink can change where a
         # path leads, and so can a new symlink: 'x/..' in a link's target needs no 'x' to be there.
         self._found: dict[bytes, tuple[Inode, bytes]] = {}
+        self._implicit_bytes = 0
         self.root = Inode(Entry(b"", Kind.DIRECTORY, _DIRECTORY_MODE), 0)
 
     def apply(self, layer: Layer, source: int) -> None:
@@ -238,7 +243,9 @@ class _Merger:
                 if not create:
                     raise _MissingError
                 if inode is not None or parent.children is None:
-                    raise self._error(path, f"{_show(b'/'.join(names[:depth]))} is not a folder")
+                    blocked = b"/".join(names[:depth])
+                    way = "" if blocked == path else f"leads through {_show(blocked)}, which "
+                    raise self._error(path, f"{way}is not a folder")
                 inode = stack[depth] = self._implicit(b"/".join(names[:depth]))
                 parent.children[name] = inode
         last = stack[-1]
@@ -246,6 +253,9 @@ class _Merger:
         return last, b"".join(b"/" + name for name in names)
 
     def _implicit(self, path: bytes) -> Inode:
+        self._implicit_bytes += _INODE_BYTES + len(path)
+        if self._implicit_bytes > MAX_IMPLICIT_BYTES:
+            raise self._error(path[:200], "is one of too many folders that have no entry of their own")
         return Inode(Entry(path, Kind.DIRECTORY, _DIRECTORY_MODE, mtime_ns=self._default_mtime_ns), self._source)
 
     def _error(self, path: bytes, message: str, hint: str | None = None) -> TreeError:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from email.message import Message
@@ -274,6 +276,94 @@ def test_too_large(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_bad_urls(tmp_path: Path, url: str, message: str) -> None:
     with pytest.raises(AgentError, match=message):
         download(url, tmp_path / "x")
+
+
+def drip(handler: Handler) -> None:
+    """Send headers, then a byte from time to time."""
+    handler.send_response(200)
+    handler.end_headers()
+    drop(handler)
+
+
+def drop(handler: Handler, data: bytes = b"\x7f") -> None:
+    """Send a byte from time to time, for ever: of headers, if there were none yet."""
+    with contextlib.suppress(OSError):
+        while True:
+            handler.wfile.write(data)
+            time.sleep(0.01)
+
+
+def chunk_drip(handler: Handler) -> None:
+    """Send the length of a chunk, digit by digit (RFC 9112, 7.1)."""
+    handler.protocol_version = "HTTP/1.1"
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    drop(handler, b"0")
+
+
+@pytest.mark.parametrize("script", [drip, drop, chunk_drip])
+def test_a_server_that_is_too_slow(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Callable[[Handler], None]
+) -> None:
+    """The timeout of a socket never comes: each byte starts it anew."""
+    monkeypatch.setattr(downloads, "SLOW_SECONDS", 0.2)
+    with pytest.raises(AgentError, match=r"sent too slowly: less than 60000 bytes in 0\.2 s"):
+        download(server.url(script), tmp_path / "x")
+    assert len(server.requests) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slow_start_is_forgiven(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "SLOW_SECONDS", 0.2)
+    monkeypatch.setattr(downloads, "SLOW_BYTES", len(PROGRAM) // 4)
+
+    def slow(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        for at in range(0, len(PROGRAM), len(PROGRAM) // 16):
+            handler.wfile.write(PROGRAM[at : at + len(PROGRAM) // 16])
+            time.sleep(0.02)
+
+    assert download(server.url(slow), tmp_path / "x") == sha256_bytes(PROGRAM)
+
+
+def endless(handler: Handler) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            handler.wfile.write(bytes(1 << 16))
+
+
+def test_the_body_of_a_redirect_is_not_read(server: Server, tmp_path: Path) -> None:
+    target = server.url(whole)
+
+    def redirect(handler: Handler) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", target)
+        handler.end_headers()
+        endless(handler)
+
+    assert download(server.url(redirect), tmp_path / "x") == sha256_bytes(PROGRAM)
+
+
+@pytest.mark.parametrize("line", [b"X-A: " + b"a" * 70_000 + b"\r\n", b"X-A: a\r\n" * 101])
+def test_huge_headers(server: Server, tmp_path: Path, line: bytes) -> None:
+    def script(handler: Handler) -> None:
+        handler.wfile.write(b"HTTP/1.0 200 OK\r\n" + line + b"\r\n")
+
+    with pytest.raises(AgentError, match=r"cannot be downloaded, tried 4 times: got more than"):
+        download(server.url(script), tmp_path / "x")
+
+
+def test_what_a_server_says_is_no_escape_sequence(server: Server, tmp_path: Path) -> None:
+    def script(handler: Handler) -> None:
+        handler.wfile.write(b"HTTP/1.0 404 \x1b[2Jgone" + b"x" * 60_000 + b"\r\n\r\n")
+
+    with pytest.raises(AgentError) as caught:
+        download(server.url(script), tmp_path / "x")
+    assert r"answered with status 404 \x1b[2Jgone" in str(caught.value)
+    assert str(caught.value).replace("\n", "").isprintable()
+    assert len(str(caught.value)) < 5000
 
 
 def test_interrupt_leaves_nothing(server: Server, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import socket
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer, ThreadingUnixStreamServer
@@ -145,6 +145,62 @@ class TestInspect:
         with pytest.raises(SourceError, match=r"did not answer within 0\.1 seconds") as caught:
             daemon.inspect("x:1")
         assert type(caught.value) is SourceError
+
+    @pytest.mark.parametrize("head", [b"HTTP/1.1 ", b"HTTP/1.1 200 OK\r\nX-A: ", b"HTTP/1.1 200 OK\r\n\r\n"])
+    def test_a_daemon_that_drips(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
+        """A byte from time to time: the timeout of the socket never comes."""
+        monkeypatch.setattr(daemon, "TIMEOUT_SECONDS", 0.2)
+
+        def drip(connection: socket.socket) -> None:
+            connection.sendall(head)
+            while True:
+                connection.sendall(b"2")
+                time.sleep(0.01)
+
+        with self.answering(tmp_path, monkeypatch, drip), pytest.raises(SourceError, match="did not answer within"):
+            daemon.inspect("a:1")
+
+    @pytest.mark.parametrize(
+        ("answer", "message"),
+        [
+            (b"HTTP/1.1 200 OK\r\nX-A: " + b"a" * 70_000 + b"\r\n\r\n", "got more than 65536 bytes"),
+            (b"HTTP/1.1 200 OK\r\n" + b"X-A: a\r\n" * 101 + b"\r\n", "got more than 100 headers"),
+            (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", "what answers is no Docker daemon"),
+            (b"HTTP/1.1 200 OK\r\n\r\n" + b" " * (9 << 20), "it is too long"),
+            (b"HTTP/1.1 301 Moved\r\nLocation: file:///etc/passwd\r\n\r\n", "the Docker daemon answered 301: "),
+            (b"HTTP/1.1 500 No\r\n\r\n\x1b[2Jgone", r"the Docker daemon answered 500: \x1b[2Jgone"),
+        ],
+    )
+    def test_hostile_answers(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, message: str
+    ) -> None:
+        with (
+            self.answering(tmp_path, monkeypatch, lambda connection: connection.sendall(answer)),
+            pytest.raises(SourceError) as caught,
+        ):
+            daemon.inspect("a:1")
+        assert message in str(caught.value)
+        assert str(caught.value).replace("\n", "").isprintable()
+
+    @contextlib.contextmanager
+    def answering(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, answer: Callable[[socket.socket], None]
+    ) -> Iterator[None]:
+        """Have one connection answered by whoever that is."""
+        path = str(folder / "other.sock")
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{path}")
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path)
+            server.listen()
+
+            def serve() -> None:
+                connection, _ = server.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.recv(1000)
+                    answer(connection)
+
+            threading.Thread(target=serve, daemon=True).start()
+            yield
 
     def test_what_hangs_up(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/s")

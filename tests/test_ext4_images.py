@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fledge_tasks.errors import FilesystemError
-from fledge_tasks.oci.layer_index import Entry, Kind
+from fledge_tasks.filesystems import ext4
+from fledge_tasks.oci.layer_index import Entry, Kind, Run
 from tests.tools import need, need_root
 from tests.trees import MIB, PARAMETERS, Built, Content, available_bytes, build, check, debugfs, fill, mounted, tool
 
@@ -215,12 +216,21 @@ def test_many_empty_files_get_groups_enough(tmp_path: Path) -> None:
     [
         ([Entry(b"lost+found", Kind.FILE)], "needs it as a folder"),
         ([Entry(b"a", Kind.FILE, xattrs={b"user.a": bytes(5000)})], "user.a"),
+        ([Entry(b"a", Kind.FILE, size=1 << 44, runs=())], "17592186044416 bytes, ext4 allows 17592186040320"),
+        ([Entry(b"a", Kind.FILE, size=(1 << 63) - 1, runs=(Run((1 << 51) - 1, 0, 1),))], "9223372036854775807 bytes"),
         ([Entry(b"a", Kind.FILE), *(Entry(b"%d" % at, Kind.HARDLINK, link=b"a") for at in range(65_000))], "65001"),
     ],
 )  # fmt: skip
 def test_what_ext4_cannot_hold(tmp_path: Path, entries: list[Entry], message: str) -> None:
     with pytest.raises(FilesystemError, match=message):
         fill(tmp_path, entries)
+
+
+def test_the_largest_file_that_ext4_can_hold(tmp_path: Path) -> None:
+    image = tmp_path / "bare.img"
+    fill(tmp_path, [Entry(b"a", Kind.FILE, size=ext4.MAX_FILE_BYTES, runs=(Run((1 << 32) - 2, 0, 1),))])
+    check(image)
+    assert f"Size: {ext4.MAX_FILE_BYTES}" in tool("debugfs", "-R", "stat /a", image)
 
 
 def test_lost_and_found_of_the_image_stays(tmp_path: Path) -> None:

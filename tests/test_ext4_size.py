@@ -55,6 +55,10 @@ def sized(folder: Path, buffer_mib: int, needed: int, inodes: int) -> tuple[int,
 # Groups made smaller to hold the inodes.
 @example(0, 65_105, 241_868)
 @example(37, 4485, 188_550)
+# More blocks than the tree needs, so that inodes and journal find room.
+@example(0, 1, 22_759)
+@example(0, 10_000, 1_000_000)
+@example(100, 60_000, 5_000_000)
 # Around the sizes at which the journal grows.
 @example(0, 32_000, 12)
 @example(1000, 6_000, 12)
@@ -63,6 +67,11 @@ def test_the_buffer_is_free(tmp_path: Path, buffer_mib: int, needed: int, inodes
     assert 0 <= over <= SLACK_BYTES
     free_inodes = counts.free_inodes + 11 - inodes
     assert free_inodes >= max(10_000, inodes // 5, buffer_mib * MIB // 16_384)
+
+
+def test_a_size_that_is_not_to_be_had_exactly(tmp_path: Path) -> None:
+    over, _ = sized(tmp_path, 0, 13_424, 2_237_451)
+    assert SLACK_BYTES < over <= MIB
 
 
 @pytest.mark.parametrize("needed", range(28_000, 36_000, 500))

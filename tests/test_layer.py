@@ -260,6 +260,50 @@ def test_a_bomb_is_put_out_early(tmp_path: Path) -> None:
     assert (tmp_path / "payload").stat().st_size <= 64 << 20
 
 
+def many_parts(parts: int) -> bytes:
+    """Return an archive of a sparse file with a byte in every other block (GNU tar, 'Storing Sparse Files')."""
+    with io.BytesIO() as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            info = tarfile.TarInfo("sparse")
+            text = f"{parts}\n" + "".join(f"{at * 2 * BLOCK}\n1\n" for at in range(parts))
+            data = text.encode().ljust(-(-len(text) // 512) * 512, b"\0") + bytes(parts)
+            info.size = len(data)
+            size = str(parts * 2 * BLOCK)
+            info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": size}
+            tar.addfile(info, io.BytesIO(data))
+        return file.getvalue()
+
+
+def test_many_parts_of_a_byte_each_are_a_bomb(tmp_path: Path) -> None:
+    tar = many_parts(10_000)
+    assert len(tar) < 200_000
+    limit = LIMITS._replace(tar_bytes=len(tar))
+    with pytest.raises(LimitError, match=f"files take more than {4 * len(tar)} bytes") as caught:
+        unpacked(tmp_path, tar, digest(tar), limits=limit)
+    assert "raise layer_mb in the [limits]" in (caught.value.hint or "")
+    assert (tmp_path / "payload").stat().st_size <= 4 * len(tar)
+    assert unpacked(tmp_path, tar, digest(tar)).unpacked.payload_bytes == 10_000 * BLOCK
+
+
+def test_files_of_one_byte_are_no_bomb(tmp_path: Path) -> None:
+    tar = archive([Member(f"{at:04d}", b"x") for at in range(2000)])
+    result = unpacked(tmp_path, tar, digest(tar), limits=LIMITS._replace(tar_bytes=len(tar)))
+    assert result.unpacked.payload_bytes == 2000 * BLOCK
+
+
+def test_attributes_are_limited_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry may be as large as an extended header: what is to be read into memory must not be."""
+    value = b"v" * 60_000
+    tar = archive([Member(f"{at}", xattrs={"user.a": value, "user.b": value}) for at in range(30)])
+    assert len(unpacked(tmp_path, tar, digest(tar)).entries) == 30
+    monkeypatch.setattr(limits, "INDEX_FREE_BYTES", 1 << 20)
+    few = LIMITS._replace(entries=100)
+    with pytest.raises(LimitError, match=f"names and attributes in the layer take more than {1 << 20} bytes") as caught:
+        unpacked(tmp_path, tar, digest(tar), limits=few)
+    assert "raise entries in the [limits]" in (caught.value.hint or "")
+    assert len(unpacked(tmp_path, tar, digest(tar), limits=few._replace(entries=20_000)).entries) == 30
+
+
 def gnu_tar(where: Path, *options: str) -> bytes:
     argv = ["tar", *options, "--sort=name", "-cf", "-", "."]
     return subprocess.run(argv, cwd=where, check=True, stdout=subprocess.PIPE).stdout

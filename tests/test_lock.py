@@ -158,13 +158,15 @@ def without_layers(text: str) -> str:
         (lambda text: text.replace('"created"', '"made"'), "unknown field `made`"),
         (lambda text: text.replace('"version": 1', '"version": 2'), "is of version 2, expected 1"),
         (lambda text: text.replace(digest("a0z"), "sha256:../../etc/passwd"), "found 'sha256:../../etc/passwd'"),
+        (lambda text: text.replace('"linux/amd64"', '"\udcff"'), "cannot be read: 'utf-8' codec"),
         (lambda text: text.replace(digest("a"), "a"), "found 'a', expected 'sha256:' and 64"),
         (lambda text: text.replace(digest("x"), digest("x").upper()), "found 'SHA256:"),
     ],
 )
 def test_a_file_that_cannot_be_used(file: LockFile, change: object, message: str) -> None:
     file.update({"a": locked("a")}, {"x": LockedAgent(digest("x"))})
-    file.path.write_text(change(file.path.read_text()))  # type: ignore[operator]
+    text = change(file.path.read_text())  # type: ignore[operator]
+    file.path.write_bytes(text.encode(errors="surrogateescape"))
     before = file.path.read_bytes()
     for use in (file.read, lambda: file.update({"b": locked("b")}, {})):
         with pytest.raises(LockError) as caught:

@@ -166,6 +166,13 @@ def test_any_config_is_read_or_refused(data: bytes) -> None:
         (config_of(rootfs={"type": "layers", "diff_ids": ["md5:1"]}), "'md5:1'"),
         (config_of(rootfs=[]), "the config is not well-formed"),
         (config_of(os=3), "the config is not well-formed"),
+        (config_of(config={"Env": ["@"]}).replace(b"@", b"\xff"), "the config is not well-formed: 'utf-8' codec"),
+        (config_of(history="@").replace(b'"@"', b"NaN"), "the config is not well-formed"),
+        (config_of(history="@").replace(b'"@"', b"[" * 100_000), "the config is not well-formed: maximum recursion"),
+        (
+            config_of(history="@").replace(b'"@"', b"9" * 5000),
+            "the config is not well-formed: Integer value out of range",
+        ),
         (config_of(x="y" * CONFIG_LIMIT_BYTES), "larger than 8 MiB"),
         (config_of(architecture="arm64"), "the image is for linux/arm64, asked for was linux/amd64"),
         (config_of(os="windows"), "the image is for windows/amd64, asked for was linux/amd64"),

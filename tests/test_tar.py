@@ -300,6 +300,7 @@ def test_bad_records_are_refused(records: tuple[tuple[bytes, bytes], ...], messa
     [
         b"x", b"5", b"5 a=", b"5 a=\n0", b"0 a=b\n", b"6 a=bc\n", b"99 a=b\n", b"-6 a=b\n", b"+6 a=b\n", b" 6 a=b\n",
         b"6 a_b\n", b"5 =b\n", b"8 a\0b=c\n", b"2 ", b"3 \n", b"1", b"999999999999999999999999999 a=b\n", b"6 a=b\n\0",
+        b"1" * 5000,
     ],
 )  # fmt: skip
 def test_malformed_records_are_refused(data: bytes) -> None:

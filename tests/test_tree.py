@@ -15,6 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fledge_tasks import tree
 from fledge_tasks.errors import TreeError
 from fledge_tasks.oci.layer import unpack
 from fledge_tasks.oci.layer_index import Entry, Kind, read_index
@@ -223,6 +224,19 @@ def test_rule(name: str) -> None:
         assert caught.value.where == f"layer {len(stack) - 1}"
     else:
         assert compact(stack) == " ".join(sorted(expected.split()))
+
+
+def test_folders_without_entries_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path of 4 KiB makes 2,048 folders, whose paths take 4 MiB: a layer of a megabyte would fill all memory."""
+    deep = [Entry(b"%d/" % at + b"d/" * 2000 + b"f", Kind.FILE) for at in range(10)]
+    monkeypatch.setattr(tree, "MAX_IMPLICIT_BYTES", 30 << 20)
+    assert len(list(walk(merge([Layer("a", deep[:5])], 0)))) == 1 + 5 * 2002
+    layers = [Layer("a", deep[:5]), Layer("b", deep[5:])]
+    with pytest.raises(
+        TreeError, match=r"^b: /[0-9]/d/d.* too many folders that have no entry of their own$"
+    ) as caught:
+        merge(layers, 0)
+    assert len(caught.value.message) < 300
 
 
 def test_where_names_the_layer_and_the_message_the_path() -> None:

@@ -26,6 +26,7 @@ from fledge_tasks.tree import Inode
 
 FORMAT = 1
 MAX_LINKS = 65_000  # EXT4_LINK_MAX
+MAX_FILE_BYTES = ((1 << 32) - 1) * BLOCK_BYTES  # fs/ext4/super.c, ext4_max_size
 _ROOT, _LOST_FOUND, _FIRST = 2, 11, 12
 _LOST_FOUND_NAME = b"lost+found"
 _FAST_SYMLINK_BYTES = 60
@@ -143,6 +144,9 @@ def _prepare(items: list[_Item], hash_seed: bytes) -> int:
         elif entry.kind is Kind.SYMLINK:
             needed += len(entry.link) >= _FAST_SYMLINK_BYTES
         elif entry.kind is Kind.FILE:
+            if entry.size > MAX_FILE_BYTES:  # sparse, or the layer would have met its limits
+                message = f"a file of {entry.size} bytes, ext4 allows {MAX_FILE_BYTES}"
+                raise FilesystemError(message, where=_show(item.path))
             most = 0
             for run in file_runs(entry):
                 needed += run.count

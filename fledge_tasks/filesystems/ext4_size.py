@@ -12,7 +12,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from fledge_tasks.errors import FilesystemError
+from fledge_tasks.errors import CommandError, FilesystemError
 from fledge_tasks.filesystems.ext4_inode import BLOCK_BYTES
 from fledge_tasks.run import run
 
@@ -33,7 +33,8 @@ _MIN_JOURNAL_BLOCKS = 2_048  # below that, mke2fs makes none (ext2fs_default_jou
 _MAX_OWN_TIME = (1 << 31) - 1
 _TOLERANCE_BLOCKS = 64
 _MIB_BLOCKS = 256
-_ATTEMPTS = 32
+_ATTEMPTS = 64
+_TOO_SMALL = ("requested number of inodes", "Could not allocate block", "journal size too big")
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ def read_counts(image: Path) -> Counts:
 def create(image: Path, scratch: Path, parameters: Parameters, *, needed_blocks: int, inodes: int) -> int:
     """Make an empty filesystem that has `needed_blocks` and the buffer free; return its blocks.
 
-    At most 256 KiB more than that is free. `inodes` are those that will be used; at least 10,000, a
-    fifth of them and one per 16 KiB of the buffer stay free for the running guest. Raises
-    FilesystemError when ext4 has no such size.
+    At most 256 KiB more than that is free, 1 MiB with rare trees of many empty files. `inodes` are
+    those that will be used; at least 10,000, a fifth of them and one per 16 KiB of the buffer stay
+    free for the running guest. Raises FilesystemError when ext4 has no such size.
     """
     configuration = scratch / "mke2fs.conf"
     configuration.write_text(_CONFIGURATION)
@@ -102,14 +103,27 @@ def create(image: Path, scratch: Path, parameters: Parameters, *, needed_blocks:
     blocks = least + least // 64
     low, high, spare = 0, MAX_BLOCKS, 0
     leap = 2 * _MIB_BLOCKS
-    for _ in range(_ATTEMPTS):
+    for attempt in range(_ATTEMPTS):
         if blocks >= MAX_BLOCKS:
             raise FilesystemError(f"the image would be {blocks * BLOCK_BYTES >> 40} TiB, the limit is 16 TiB")
-        _mke2fs(image, configuration, parameters, blocks, blocks_per_group, total_inodes, journal_mib)
+        try:
+            _mke2fs(image, configuration, parameters, blocks, blocks_per_group, total_inodes, journal_mib)
+        except CommandError as error:
+            if not any(complaint in error.stderr for complaint in _TOO_SMALL):
+                raise
+            # Inode tables and journal alone need more, as in a tree of many empty files.
+            low = blocks
+            if high == MAX_BLOCKS:
+                blocks, leap = blocks + leap, 2 * leap
+            else:
+                blocks = (low + high) // 2
+            continue
         counts = read_counts(image)
         # Linux keeps 2 % (at most 4096 blocks) back from statfs (fs/ext4/super.c, ext4_set_resv_clusters).
         surplus = counts.free_blocks - wanted - min(counts.blocks // 50, 4096)
-        if 0 <= surplus <= _TOLERANCE_BLOCKS:
+        # Small groups come and go whole, and the journal grows by a MiB: a few sizes are not to be had.
+        is_late = attempt >= _ATTEMPTS // 2
+        if 0 <= surplus <= (_MIB_BLOCKS if is_late else _TOLERANCE_BLOCKS):
             return counts.blocks
         if surplus < 0:
             low = blocks
@@ -118,9 +132,9 @@ def create(image: Path, scratch: Path, parameters: Parameters, *, needed_blocks:
         if high - low <= _MIB_BLOCKS:
             # mke2fs drops a last group that holds little more than its own tables, and where it keeps
             # one, the free blocks grow by those of the tables at once: the journal takes the excess.
-            journal_mib += spare // _MIB_BLOCKS + 1
-            blocks = high + _MIB_BLOCKS - spare % _MIB_BLOCKS
-            low, high = high, MAX_BLOCKS
+            journal_mib += spare // _MIB_BLOCKS + (not is_late)
+            blocks = high if is_late else high + _MIB_BLOCKS - spare % _MIB_BLOCKS
+            low, high, leap = high, MAX_BLOCKS, 2 * _MIB_BLOCKS
             continue
         if counts.blocks < blocks and surplus < 0 and high == MAX_BLOCKS:
             blocks, leap = blocks + leap, 2 * leap

@@ -5,10 +5,13 @@ Only looks: images are exported by skopeo. Asking costs milliseconds, so it is d
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import socket
 import ssl
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import SplitResult, quote, urlsplit
@@ -70,14 +73,16 @@ def inspect(name: str) -> DaemonImage:
     """Return the image that the daemon has under a name or ID.
 
     Raises NoDaemonError when nothing listens, ImageNotFoundError when the daemon does not have the
-    image, SourceError for anything else; every step may take up to TIMEOUT_SECONDS.
+    image, SourceError for anything else; connecting and answering may each take TIMEOUT_SECONDS.
     """
     where = host()
     connection = _connection(_address())
     try:
-        connection.request("GET", f"/images/{quote(name, safe='/:@')}/json", headers={"Host": "docker"})
-        response = connection.getresponse()
-        body = response.read(_ANSWER_LIMIT_BYTES + 1)
+        connection.connect()
+        with _deadline(connection.sock):
+            connection.request("GET", f"/images/{quote(name, safe='/:@')}/json", headers={"Host": "docker"})
+            with connection.getresponse() as response:
+                body = response.read(_ANSWER_LIMIT_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError) as error:
         raise NoDaemonError(f"there is no Docker daemon ({error.strerror})", where=where) from None
     except PermissionError as error:
@@ -95,10 +100,38 @@ def inspect(name: str) -> DaemonImage:
     if response.status != http.client.OK:
         said = body[:500].decode(errors="replace").strip()
         raise SourceError(f"the Docker daemon answered {response.status}: {said}", where=where, hint=_SKIP_HINT)
-    return _image(body, where)
+    return parse_answer(body, where)
 
 
-def _image(body: bytes, where: str) -> DaemonImage:
+@contextlib.contextmanager
+def _deadline(connected: socket.socket) -> Iterator[None]:
+    """Raise TimeoutError when the block takes longer than TIMEOUT_SECONDS: that of a socket is for each byte anew."""
+    has_passed = threading.Event()
+    # Of our own, since the connection closes its socket when the answer has begun.
+    own = socket.socket(fileno=os.dup(connected.fileno()))
+
+    def end() -> None:
+        has_passed.set()
+        with contextlib.suppress(OSError):
+            own.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(TIMEOUT_SECONDS, end)
+    timer.start()
+    try:
+        yield
+    except (OSError, http.client.HTTPException):
+        if not has_passed.is_set():
+            raise
+    finally:
+        timer.cancel()
+        timer.join()
+        own.close()
+    if has_passed.is_set():
+        raise TimeoutError
+
+
+def parse_answer(body: bytes, where: str) -> DaemonImage:
+    """Return the image that a daemon's answer describes. Raises SourceError."""
     try:
         if len(body) > _ANSWER_LIMIT_BYTES:
             raise msgspec.ValidationError("it is too long")

@@ -29,6 +29,7 @@ _MAX_MINOR = (1 << 20) - 1
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
 _DRAIN_BYTES = 1 << 20
+_BLOCK_SHARE = BLOCK_BYTES // 1024  # header and data of the smallest file take two blocks of 512 bytes
 
 
 class Unpacked(NamedTuple):
@@ -77,14 +78,24 @@ def unpack(
             advance(count)
             yield chunk
 
+    def admit(payload_bytes: int) -> None:
+        # Files of one byte take four times as much as in the archive; only the many parts of sparse
+        # ones take more, a block for each byte.
+        if payload_bytes > _BLOCK_SHARE * allowed_bytes:
+            what = f"the layer's files take more than {_BLOCK_SHARE * allowed_bytes} bytes"
+            raise _too_much(what, blob_size, setting)
+
     failure: LayerError | None = None
     try:
         # Reading, the digest of the blob and decompressing take about as long as all the rest.
-        with PayloadWriter(payload_fd) as payload, _ReadAhead(open_stream(source)) as stream:
+        with PayloadWriter(payload_fd, admit) as payload, _ReadAhead(open_stream(source)) as stream:
             chunks = tar(stream)
             for member in (archive := Archive(chunks)).members():
                 if index.entries == limits.entries:
                     raise _too_much(f"the layer has more than {limits.entries} entries", blob_size, "entries")
+                if index.written_bytes > limits.index_bytes:
+                    what = f"the names and attributes in the layer take more than {limits.index_bytes} bytes"
+                    raise _too_much(what, blob_size, "entries")
                 index.add(_entry(member, archive, payload))
             for _ in chunks:  # what follows the end of the archive belongs to the diff ID
                 pass

@@ -85,13 +85,17 @@ class Entry(msgspec.Struct, array_like=True, gc=False, eq=False):
 
 
 class IndexWriter:
-    """Writes an index entry by entry, in constant memory. `file` must be seekable and empty."""
+    """Writes an index entry by entry, in constant memory. `file` must be seekable and empty.
+
+    `entries` counts what was added, `written_bytes` what the file has of them by now.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._encoder = msgspec.msgpack.Encoder()
         self._buffer = bytearray()
         self.entries = 0
+        self.written_bytes = 0
         head = b"\x93" + self._encoder.encode(_MAGIC) + self._encoder.encode(FORMAT)
         file.write(head + b"\xdd\0\0\0\0")
         self._count_at = len(head) + 1
@@ -102,6 +106,7 @@ class IndexWriter:
         self.entries += 1
         if len(self._buffer) > 1 << 20:
             self._file.write(self._buffer)
+            self.written_bytes += len(self._buffer)
             self._buffer.clear()
 
     def close(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 RATIO_FREE_BYTES = 1 << 30
+INDEX_FREE_BYTES = 64 << 20
+INDEX_BYTES_PER_ENTRY = 256
 
 
 class Limits(NamedTuple):
@@ -13,6 +15,11 @@ class Limits(NamedTuple):
     tar_bytes: int
     entries: int
     ratio: int
+
+    @property
+    def index_bytes(self) -> int:
+        """How long the index may get, which is read into memory whole: an entry of usual names takes 100 bytes."""
+        return max(INDEX_FREE_BYTES, INDEX_BYTES_PER_ENTRY * self.entries)
 
     def allowed_bytes(self, blob_size: int) -> tuple[int, str]:
         """Return how long the archive in a blob of that size may be, and the setting that says so."""

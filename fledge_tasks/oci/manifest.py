@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -235,6 +235,7 @@ def image_from(manifest: bytes, config: bytes, *, origin: str, platform: Platfor
         raise SourceError("an index where a manifest was expected", where=where)
     check_bytes(config, document.config, where=where)
     fields = _decode(_Config, config, CONFIG_LIMIT_BYTES, "config", where)
+    parse_config(config, where=where)  # what others read in it later must be well-formed, too
     if fields.rootfs is None or fields.rootfs.type != "layers":
         kind = document.config.media_type or "unknown"
         raise SourceError(f"not an image but another artifact: its config ({kind}) describes no rootfs", where=where)
@@ -251,6 +252,11 @@ def image_from(manifest: bytes, config: bytes, *, origin: str, platform: Platfor
         platform=str(platform),
         layers=tuple(_layers(diff_ids, document.layers, where)),
     )
+
+
+def parse_config(config: bytes, *, where: str) -> dict[str, Any]:
+    """Return all of an image config, of whatever types its values are. Raises SourceError."""
+    return _decode(dict[str, Any], config, CONFIG_LIMIT_BYTES, "config", where)
 
 
 def check_platform(os: str, architecture: str, variant: str, asked: Platform, *, where: str) -> None:

@@ -31,7 +31,7 @@ def parse_records(data: bytes) -> dict[bytes, bytes]:
     while at < len(data):
         space = data.find(b" ", at, at + 20)
         digits = data[at:space]
-        end = at + int(digits) if digits.isdigit() else 0
+        end = at + int(digits) if space > 0 and digits.isdigit() else 0
         if not at < space < end <= len(data) or data[end - 1] != 0x0A:
             raise LayerError("corrupt archive: a record of an extended header has a wrong length")
         key, equals, value = data[space + 1 : end - 1].partition(b"=")

@@ -6,6 +6,7 @@ megabytes of payload, and none per file. While one buffer fills, a thread hashes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import xxhash
@@ -20,13 +21,15 @@ _ZEROS = memoryview(bytes(BLOCK_BYTES))
 class PayloadWriter:
     """Appends to the payload file `fd`, which must be empty and stays open.
 
+    `admit` is told the bytes that the payload comes to before they are written, and may raise.
     Every method raises OSError when the file cannot be written. What the file holds is of use only
     after `close`. When the block of a `with` ends, well or not, nothing is written any more; only
     after that, or after `close`, may `fd` be closed.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, admit: Callable[[int], None] = lambda _: None) -> None:
         self._fd = fd
+        self._admit = admit
         self._buffer, self._other = (memoryview(bytearray(_BUFFER_BYTES)) for _ in range(2))
         self._fill = 0
         self._written_bytes = 0
@@ -84,6 +87,7 @@ class PayloadWriter:
 
     def _flush(self) -> None:
         self._wait()
+        self._admit(self._written_bytes + self._fill)
         self._writing = self._pool.submit(self._write, self._buffer[: self._fill], self._written_bytes)
         self._buffer, self._other = self._other, self._buffer
         self._written_bytes += self._fill

@@ -178,8 +178,12 @@ def test_a_corrupt_blob(workspace: Workspace, layout: Path, part: str) -> None:
     refused(workspace, 1)
 
 
-def test_a_corrupt_blob_in_the_registry(workspace: Workspace, layout: Path, folder: Path) -> None:
-    """The registry serves other bytes than the manifest promises, then the true ones again."""
+def test_a_corrupt_blob_in_the_registry(workspace: Workspace, folder: Path) -> None:
+    """The registry serves other bytes of one layer than the manifest promises, then the true ones again."""
+    write_tar(folder / "layer.tar", FILES)
+    write_tar(folder / "other.tar", [Member("other", content=os.urandom(50_000))])
+    layout = folder / "layout"
+    write_layout(layout, [folder / "layer.tar", folder / "other.tar"])
     broken = Registry(folder / "storage", folder)
     broken.start()
     try:
@@ -193,7 +197,8 @@ def test_a_corrupt_blob_in_the_registry(workspace: Workspace, layout: Path, fold
         stored.write_bytes(data[:1000] + bytes([data[1000] ^ 1]) + data[1001:])
         workspace.home = broken.home
         workspace.add("web", f"docker://{source}")
-        refused(workspace, 1, "web")
+        result = refused(workspace, 1, "web", f"blob sha256:{name}: found sha256:")
+        assert result.stderr.count("error: ") == 1
         stored.write_bytes(data)
         workspace.build()
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +103,17 @@ def test_an_unprivileged_user_makes_the_same_bytes(
     sums = [place.build().image(name)["sha256"] for place in (workspace, theirs)]
     assert theirs.output(name).stat().st_uid == 65534
     assert sums[0] == sums[1] == sha256_of(theirs.output(name))
+    if name == "odd":
+        with mounted(theirs.output(name)) as root:
+            found = {path: (root / path).lstat() for path in ("dev/null", "dev/loop200", "dev/large-minor", "run/fifo")}
+        assert {path: stat.filemode(facts.st_mode) for path, facts in found.items()} == {
+            "dev/null": "crw-rw-rw-",
+            "dev/loop200": "brw-rw----",
+            "dev/large-minor": "crw-------",
+            "run/fifo": "prw--w----",
+        }
+        devices = [(os.major(facts.st_rdev), os.minor(facts.st_rdev)) for facts in found.values()]
+        assert devices == [(1, 3), (7, 200), (259, 70_000), (0, 0)]
 
 
 def as_nobody() -> list[str]:
