@@ -18,6 +18,9 @@ from fledge_tasks.errors import TreeError
 from fledge_tasks.oci.layer_index import Entry, Kind
 
 MAX_LINKS = 255  # as filepath-securejoin, which umoci uses
+MAX_LINKED_NAMES = 50_000_000
+"""Names in the targets of all symbolic links that paths lead through: each path alone may have half a million."""
+
 MAX_IMPLICIT_BYTES = 1 << 30
 """What folders that no entry describes may take: one entry can make 2,048 of them, each with a path of 4 KiB."""
 
@@ -86,6 +89,7 @@ class _Merger:
         # path leads, and so can a new symlink: 'x/..' in a link's target needs no 'x' to be there.
         self._found: dict[bytes, tuple[Inode, bytes]] = {}
         self._implicit_bytes = 0
+        self._linked_names = 0
         self.root = Inode(Entry(b"", Kind.DIRECTORY, _DIRECTORY_MODE), 0)
 
     def apply(self, layer: Layer, source: int) -> None:
@@ -227,9 +231,10 @@ class _Merger:
             child = here.children.get(name) if here is not None and here.children is not None else None
             if child is not None and child.entry.kind is Kind.SYMLINK:
                 links += 1
-                if links > MAX_LINKS:
-                    raise self._error(path, "leads through too many symbolic links")
                 target = child.entry.link
+                self._linked_names += target.count(b"/") + 1
+                if links > MAX_LINKS or self._linked_names > MAX_LINKED_NAMES:
+                    raise self._error(path, "leads through too many symbolic links")
                 if target.startswith(b"/"):
                     del stack[1:], names[:]
                 remaining.extend(target.split(b"/")[::-1])

@@ -470,3 +470,14 @@ def test_random_layers_agree_with_the_reference(stack: list[list[Entry]]) -> Non
         theirs[b"/".join(names)] = ("made" if entry.mtime_ns == DEFAULT_NS else id(entry), node[1], id(node))
     assert groups(ours) == groups(theirs)
     assert reference.root is None or root.entry is reference.root
+
+
+def test_all_paths_together_lead_through_so_many_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each path alone is within the limit for one; a layer of many would keep a processor busy for days."""
+    deep = "/".join(["."] * 50)
+    members = [folder("end"), symlink("a", f"{deep}/end"), *(f(f"a/{number}/x", "1") for number in range(10))]
+    monkeypatch.setattr("fledge_tasks.tree.MAX_LINKED_NAMES", 10 * 51)
+    merge([Layer("layer", unpacked(members))], DEFAULT_NS)
+    monkeypatch.setattr("fledge_tasks.tree.MAX_LINKED_NAMES", 10 * 51 - 1)
+    with pytest.raises(TreeError, match="/a/9 leads through too many symbolic links"):
+        merge([Layer("layer", unpacked(members))], DEFAULT_NS)
