@@ -35,13 +35,15 @@ import filelock
 import msgspec
 
 from fledge_tasks import fsutil
-from fledge_tasks.digest import Digest, is_digest, sha256_bytes, xxh3_file
+from fledge_tasks.digest import Digest, is_digest, sha256_bytes, short, xxh3_file
 from fledge_tasks.errors import StoreError
 from fledge_tasks.index import Index, signature
 from fledge_tasks.leases import Leases
+from fledge_tasks.notices import Notices
 
 FORMAT = 1
 RECORD = "entry.json"
+_NO_RECORD = "its record is missing, damaged, or of another version"
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# This folder holds a fledge-tasks cache. See https://bford.info/cachedir/\n"
 
 
@@ -55,16 +57,21 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def misfit(self, folder: Path) -> str | None:
         """Return why the files in a folder are not the ones of this record, None if they are. Reads every byte."""
-        for name, (size, checksum) in self.files.items():
-            try:
-                found = (folder / name).stat().st_size
-                if found != size:
-                    return f"{name} has {found} bytes, not {size}"
-                if (found_checksum := xxh3_file(folder / name)) != checksum:
-                    return f"{name} has the XXH3 {found_checksum}, not {checksum}"
-            except OSError as error:
-                return f"{name} cannot be read: {error.strerror}"
-        return None
+        reasons = (_misfit(folder / name, size, checksum) for name, (size, checksum) in self.files.items())
+        return next((reason for reason in reasons if reason), None)
+
+
+def _misfit(path: Path, size: int, checksum: str) -> str | None:
+    """Return in what a file is not the one of this size and XXH3-128, None if it is. Reads every byte."""
+    try:
+        found = path.stat().st_size
+        if found != size:
+            return f"{path.name} has {found} bytes, not {size}"
+        if (found_checksum := xxh3_file(path)) != checksum:
+            return f"{path.name} has the XXH3 {found_checksum}, not {checksum}"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
+    return None
 
 
 def parse_record(data: bytes, key: Digest) -> Record | None:
@@ -103,8 +110,9 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
-        self.index = Index(self.root / "index")
         self.leases = Leases(self.root / "leases")
+        self.notices = Notices()
+        self.index = Index(self.root / "index", self.notices.add)
         self._started: dict[Path, float] = {}
 
     def prepare(self) -> None:
@@ -131,10 +139,13 @@ class Store:
         except OSError:
             return None
         record = self._read(key)
-        if record is None or not all(
-            self._is_whole(key, folder / name, *facts) for name, facts in record.files.items()
-        ):
-            self._set_aside(key, seen)
+        if record is None:
+            reason: str | None = _NO_RECORD
+        else:
+            reasons = (self._misfit(key, folder / name, *facts) for name, facts in record.files.items())
+            reason = next((reason for reason in reasons if reason), None)
+        if record is None or reason:
+            self._set_aside(key, seen, f"{record.stage if record else 'entry'} {short(key)}: {reason}")
             return None
         return _entry(key, folder, record)
 
@@ -151,7 +162,7 @@ class Store:
     def damage(self, key: Digest) -> str | None:
         """Return what is wrong with an entry, None if it is whole. Reads every byte, whatever is remembered of it."""
         record = self._read(key)
-        return record.misfit(self.folder(key)) if record else "its record is missing or damaged"
+        return record.misfit(self.folder(key)) if record else _NO_RECORD
 
     def _read(self, key: Digest) -> Record | None:
         try:
@@ -293,19 +304,17 @@ class Store:
         name = _hex(key)
         return self.root / "objects" / name[:2] / name
 
-    def _is_whole(self, key: Digest, path: Path, size: int, checksum: str) -> bool:
-        try:
+    def _misfit(self, key: Digest, path: Path, size: int, checksum: str) -> str | None:
+        """Like the function, but do not read a file that is still the one that was checked."""
+        with contextlib.suppress(OSError):
             status = path.stat()
-            if status.st_size != size:
-                return False
-            if self.index.get(_memo_name(key, path)) == [*signature(status), checksum]:
-                return True
-            if xxh3_file(path) != checksum:
-                return False
-            self._remember(key, path, checksum)
-        except OSError:
-            return False
-        return True
+            if status.st_size == size and self.index.get(_memo_name(key, path)) == [*signature(status), checksum]:
+                return None
+        reason = _misfit(path, size, checksum)
+        if reason is None:
+            with contextlib.suppress(OSError):
+                self._remember(key, path, checksum)
+        return reason
 
     def _remember(self, key: Digest, path: Path, checksum: str) -> None:
         # Trusted at once, unlike other people's files: nobody writes to an entry after its rename.
@@ -316,12 +325,20 @@ class Store:
         with contextlib.suppress(OSError):
             self._set_aside(key, self.folder(key).stat().st_ino)
 
-    def _set_aside(self, key: Digest, seen: int) -> None:
+    def _set_aside(self, key: Digest, seen: int, damage: str | None = None) -> None:
         folder = self.folder(key)
-        with contextlib.suppress(OSError):
+        try:
             # Somebody else may have found the damage first, and may have built the entry anew by now.
-            if folder.stat().st_ino == seen:
-                fsutil.set_aside(folder, self.root / "aside" / _hex(key))
+            if folder.stat().st_ino != seen:
+                return
+            fsutil.set_aside(folder, self.root / "aside" / _hex(key))
+            done = "set aside, to be made again when it is needed"
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            done = f"not used; it cannot be set aside: {error.strerror}"
+        if damage:
+            self.notices.add(f"damaged: {damage}; {done}")
 
 
 def _entry(key: Digest, folder: Path, record: Record) -> Entry:
