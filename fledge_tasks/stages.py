@@ -130,13 +130,22 @@ def unpack(planner: Planner, plan: ImagePlan, layer: Layer) -> Values:
                     where=f"{plan.image.name}: layer {short(layer.ref.diff_id)}",
                 )
             except BlobError:
-                store.discard(layer.blob.key())  # else the next build would meet it again
+                _drop_blob(store, layer)  # else the next build would meet it again
                 raise
             index.flush()
             info = {"entries": unpacked.entries, "tar_bytes": unpacked.tar_bytes, "fetch_seconds": blob.seconds}
             entry = _publish(store, layer.unpack, folder, info=info, known={PAYLOAD: unpacked.payload_xxh3})
-        store.discard(layer.blob.key())
+        _drop_blob(store, layer)
     return {"bytes": entry.size}
+
+
+def _drop_blob(store: Store, layer: Layer) -> None:
+    """Remove the blob of a layer, unless somebody is just fetching it."""
+    key = layer.blob.key()
+    if store.folder(key).exists():
+        with store.building_if_free(key) as is_free:
+            if is_free:
+                store.discard(key)
 
 
 # --- mkfs ------------------------------------------------------------------------------------
@@ -283,6 +292,8 @@ def assemble(planner: Planner, plan: ImagePlan) -> Values:
         with store.index.together():
             for entry in (*sources, made):
                 store.touch(entry.key)
+        for layer in plan.layers:
+            _drop_blob(store, layer)  # one that a crash after unpacking left, or that was fetched beside it
     return {
         "bytes": assembled.size,
         "sha256": assembled.sha256,

@@ -121,8 +121,10 @@ class Store:
             for name in ("objects", "tmp", "locks"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             tag = self.root / "CACHEDIR.TAG"
-            if not tag.exists():
-                fsutil.write_atomic(tag, _TAG.encode())
+            # In place, since many processes may do it at once; half a tag is written again by the next.
+            if not tag.exists() or tag.stat().st_size < len(_TAG):
+                tag.write_text(_TAG)
+                fsutil.crash_point("prepared")
         except OSError as error:
             raise _explained(error, self.root) from None
 
@@ -185,6 +187,7 @@ class Store:
         try:
             lock = filelock.FileLock(self.root / "locks" / _hex(key), thread_local=False)
             with lock:
+                fsutil.crash_point("locked")
                 fsutil.remove_stale_below(self.root / "tmp", _hex(key))
                 yield
         except OSError as error:
@@ -206,11 +209,27 @@ class Store:
         finally:
             lock.release()
 
+    def hold(self, keys: Iterable[Digest]) -> None:
+        """Keep the entries of these keys, see `leases`. The first time, delete what crashed builders left, too."""
+        if not self.leases.is_held:
+            with contextlib.suppress(OSError, StoreError):  # of a cache that is read-only, or not there
+                self.sweep()
+        self.leases.hold(keys)
+
+    def sweep(self) -> None:
+        """Delete unfinished work whose builder is gone. Raises OSError, StoreError."""
+        for path in (self.root / "tmp").iterdir():
+            if is_digest(key := Digest(f"sha256:{path.name.partition('.')[0]}")):
+                with self.building_if_free(key):
+                    pass  # with the lock, what is left is gone
+                fsutil.crash_point("swept")
+
     @contextlib.contextmanager
     def staging(self, key: Digest) -> Iterator[Path]:
         """Yield a new folder inside the store for the files of a key; it is gone afterwards."""
         folder = fsutil.temp_folder(self.root / "tmp", _hex(key))
         self._started[folder] = time.monotonic()
+        fsutil.crash_point("staging: made")
         try:
             yield folder
         finally:
@@ -253,15 +272,18 @@ class Store:
                 if durable:
                     fsutil.sync_file(folder / name)
                 (folder / name).chmod(0o444)
+            fsutil.crash_point(f"publish {record.stage}: files synced")
             (folder / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1))
             fsutil.sync_file(folder / RECORD)
+            fsutil.crash_point(f"publish {record.stage}: record synced")
             if target.exists():
                 shutil.rmtree(target)
-            fsutil.publish_folder(folder, target)
+            fsutil.publish_folder(folder, target, record.stage)
             with self.index.together():
                 for name, (_, checksum) in record.files.items():
                     self._remember(key, target / name, checksum)
                 self.touch(key)
+            fsutil.crash_point(f"publish {record.stage}: remembered")
         except OSError as error:
             raise _explained(error, self.root) from None
         return _entry(key, target, record)
@@ -280,6 +302,7 @@ class Store:
         for key in keys:
             target = fsutil.temp_name(self.root / "tmp", f"retired-{_hex(key)}")
             fsutil.move(self.folder(key), target)
+            fsutil.crash_point("retire: renamed")
             retired.append(target)
         return retired
 
@@ -297,7 +320,9 @@ class Store:
         folder = self.folder(key)
         # The record goes first: what is left after a crash is not an entry.
         (folder / RECORD).unlink(missing_ok=True)
+        fsutil.crash_point("discard: record deleted")
         shutil.rmtree(folder, ignore_errors=True)
+        fsutil.crash_point("discard: folder deleted")
 
     def folder(self, key: Digest) -> Path:
         """Return where the entry of a key is, or would be."""
