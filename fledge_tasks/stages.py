@@ -268,7 +268,7 @@ def _size(path: Path) -> int:
 def assemble(planner: Planner, plan: ImagePlan) -> Values:
     """Put the image file together from the filesystem and the payloads."""
     store, key = planner.store, plan.assemble.key()
-    with store.building(sha256_bytes(f"output {plan.output}".encode())):
+    with output.writing(store, plan.output):
         written = output.look(plan.output, key)
         if isinstance(written, output.Written):
             return {**HIT, "sha256": written.sha256}
@@ -308,11 +308,13 @@ def assemble(planner: Planner, plan: ImagePlan) -> Values:
 def write_manifest(planner: Planner, plan: ImagePlan) -> Values:
     """Write the manifest of the image file beside it."""
     store = planner.store
-    with store.building(sha256_bytes(f"output {plan.output}".encode())):
+    with output.writing(store, plan.output):
         image = is_assembled(plan)
         if isinstance(image, str):
             raise StoreError(f"{image} any more", where=str(plan.output), hint="run again")
         record = plan.manifest(image.sha256)
+        if isinstance(output.look(plan.manifest_output, record.key()), output.Written):
+            return HIT
         config = store.find(plan.config.key())
         if config is None:
             raise _gone("the OCI config")

@@ -24,6 +24,7 @@ archived and restored with other times; every file is then checked again once.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -132,6 +133,11 @@ class Store:
         """Let go of what this process holds, and write the index into its one file."""
         self.leases.release()
         self.index.close()
+
+    @property
+    def is_read_only(self) -> bool:
+        """Tell whether the folder is there and this process may not write to it."""
+        return (self.root / "objects").is_dir() and not os.access(self.root / "locks", os.W_OK)
 
     def find(self, key: Digest) -> Entry | None:
         """Return the entry of a key if it is there and valid. Never raises for a bad entry."""
