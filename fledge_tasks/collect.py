@@ -48,13 +48,16 @@ class Collected:
 
 
 def candidates(store: Store) -> list[Candidate]:
-    """Return all entries of the store, least recently used first."""
-    used = store.used()
+    """Return all entries of the store, least recently used first. What was used in the future is used now.
+
+    The clock was set back since: it must neither come last for ever, nor first.
+    """
+    used, now = store.used(), int(time.time())
     found = []
     for key in store.all_keys():
         entry, folder = store.look(key), store.folder(key)
         try:
-            when = used.get(key) or int(folder.stat().st_mtime)
+            when = min(used.get(key) or int(folder.stat().st_mtime), now)
             allocated = allocated_bytes(folder)
         except OSError:
             continue  # somebody has just removed it
@@ -154,6 +157,9 @@ def collect(
         if not dry_run:
             _tidy(store, now)
             store.forget(each.key for each in removed)
+            with store.index.together():
+                for key in [key for key, when in store.used().items() if when > now]:
+                    store.touch(key)
     except OSError as error:
         raise StoreError(f"cannot be cleaned up: {error.strerror}", where=str(error.filename or store.root)) from None
     return Collected(removed, kept, frozenset(users), held)
