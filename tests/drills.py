@@ -133,10 +133,11 @@ class Drill(Workspace):
         (self.root / "web" / name).write_text(text)
 
     def settled(self) -> dict[str, list[str]]:
-        """Return what lies where builds leave nothing behind but results: names by place."""
+        """Return what lies where builds leave nothing behind but results: names by place (of leases, how many)."""
         cache = self.cache or self.root / "cache"
         return {
             "cache": sorted(path.name for path in cache.iterdir() if path.name != "aside"),
+            "leases": ["file"] * len(list((cache / "leases").glob("*"))),
             "tmp": sorted(path.name for path in (cache / "tmp").rglob("*")),
             "root": sorted(path.name for path in self.root.iterdir()),
             "build": sorted(path.name for path in (self.root / "build").rglob("*") if path.is_file()),
@@ -145,8 +146,12 @@ class Drill(Workspace):
 
 
 def _session(leader: int) -> list[int]:
-    """Return the processes of a session that live."""
-    found = []
+    """Return the processes of a session that live. Programs that ours starts have sessions of their own."""
+    found: list[int] = []
+    try:
+        os.killpg(leader, 0)
+    except ProcessLookupError:
+        return found  # not even a zombie that nobody has waited for
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             with contextlib.suppress(OSError):

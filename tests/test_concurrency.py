@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from fledge_tasks import stages, workspace
+from fledge_tasks.plan import Planner
+from fledge_tasks.store import Store
 from tests.layers import Member, folder
-from tests.layouts import Layout
+from tests.layouts import Layout, Place
 from tests.tools import need
 from tests.workspaces import Result, Workspace, processes_about, sha256_of
 
@@ -79,10 +82,10 @@ def check(places: Sequence[Workspace], home: Path) -> None:
     assert sorted(sums) == ["a", "b", "c", "d"]
     assert all(len(each) == 1 for each in sums.values())
     assert list((home / "cache" / "tmp").iterdir()) == []
-    stages = Counter(
+    kinds = Counter(
         json.loads(record.read_bytes())["stage"] for record in (home / "cache" / "objects").glob("*/*/entry.json")
     )
-    assert stages == {"config": SKELETONS, "unpack": LAYERS, "customize": SKELETONS, "mkfs": SKELETONS}
+    assert kinds == {"config": SKELETONS, "unpack": LAYERS, "customize": SKELETONS, "mkfs": SKELETONS}
     for place in places:
         assert list(place.root.rglob(".fledge-tmp-*")) == []
         assert place.fledge("cache", "verify").code == 0
@@ -118,3 +121,23 @@ def test_eight_builds_while_gc_runs(places: list[Workspace], tmp_path: Path) -> 
     assert (cleaned.code, cleaned.stderr) == (0, "")
     assert cleaned.stdout.count("round") >= 1
     check(places, tmp_path)
+
+
+def test_a_blob_that_somebody_is_at_is_left_to_them(tmp_path: Path) -> None:
+    """Another process fetches meanwhile: what it may be publishing stays until the image is put together."""
+    place = Place(tmp_path, tmp_path)
+    place.add_layout("web", BASE)
+    assert place.fledge("lock").code == 0
+    found = workspace.load(place.root)
+    planner = Planner(found, Store(found.cache))
+    plan = planner.plan(found.images[0])
+    assert plan is not None
+    [layer] = plan.layers
+    stages.fetch(planner, plan, layer)
+    blob = planner.store.folder(layer.blob.key())
+    with Store(found.cache).building(layer.blob.key()):
+        assert stages.unpack(planner, plan, layer)["bytes"] > 0
+        assert sorted(path.name for path in blob.iterdir()) == ["blob", "entry.json"]
+    assert place.build().stages("web") == ["mkfs", "assemble", "manifest"]
+    assert not blob.exists()
+    planner.store.close()

@@ -37,7 +37,7 @@ def off_by(drill: Drill, offset: str) -> Workspace:
 def test_builds(drill: Drill) -> None:
     """Back, forth and right again, with an edit at each stop, which is in the image; nothing else runs."""
     sums: dict[str, str] = {}
-    for offset in ("+0d", "-3d", "+5d", "-4000d", "+9000d", "+0d"):
+    for offset in ("+0d", "-3d", "+4000d", "+0d"):
         clock = off_by(drill, offset)
         for text in ("one\n", "two\n"):
             drill.edit("conf", text)
