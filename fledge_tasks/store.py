@@ -137,7 +137,8 @@ class Store:
     @property
     def is_read_only(self) -> bool:
         """Tell whether the folder is there and this process may not write to it."""
-        return (self.root / "objects").is_dir() and not os.access(self.root / "locks", os.W_OK)
+        locks = self.root / "locks"
+        return (self.root / "objects").is_dir() and not os.access(locks if locks.is_dir() else self.root, os.W_OK)
 
     def find(self, key: Digest) -> Entry | None:
         """Return the entry of a key if it is there and valid. Never raises for a bad entry."""

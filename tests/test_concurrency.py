@@ -123,6 +123,19 @@ def test_eight_builds_while_gc_runs(places: list[Workspace], tmp_path: Path) -> 
     check(places, tmp_path)
 
 
+def test_eight_builds_that_find_the_index_corrupt(places: list[Workspace], tmp_path: Path) -> None:
+    """One of them sets it aside; whatever the others meet then is a miss at worst."""
+    (tmp_path / "cache" / "index").mkdir(parents=True)
+    (tmp_path / "cache" / "index" / "cache.db").write_bytes(b"no database" * 1000)
+    results = ends([start(each, each.command("build", "--json", "-j", "2")) for each in places * 2])
+    assert [result.code for result in results] == [0] * 8
+    lines = [line for result in results for line in result.stderr.splitlines()]
+    assert lines and all("is damaged (" in line for line in lines), lines
+    assert (tmp_path / "cache" / "aside" / "index" / "cache.db").exists()
+    (tmp_path / "points").write_text((tmp_path / "points").read_text().replace("set aside: renamed", "index set aside"))
+    check(places, tmp_path)
+
+
 def test_a_blob_that_somebody_is_at_is_left_to_them(tmp_path: Path) -> None:
     """Another process fetches meanwhile: what it may be publishing stays until the image is put together."""
     place = Place(tmp_path, tmp_path)

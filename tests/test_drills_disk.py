@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fledge_tasks.store import Store
 from tests.drills import BASE, MORE, Drill, at, with_web
 from tests.layouts import Layout
 from tests.tools import need, need_root
@@ -160,3 +161,19 @@ def test_damage_in_a_read_only_cache(shared: Workspace) -> None:
     assert f"damaged: mkfs {skeleton.parent.name[:12]}: skeleton has 5 bytes, not " in result.stderr
     assert "; not used; it cannot be set aside: Permission denied" in result.stderr
     assert "FLEDGE_CACHE_DIR" in result.stderr
+
+
+def test_what_is_read_only(drill: Drill, tmp_path: Path) -> None:
+    """A cache that is not there yet, or that was trimmed for a saved copy, is not."""
+    cache = drill.root / "cache"
+    assert not Store(cache).is_read_only
+    drill.build()
+    assert not Store(cache).is_read_only
+    shutil.rmtree(cache / "locks")
+    assert not Store(cache).is_read_only
+    with mounted(tmp_path / "disk", 24) as disk:
+        trimmed = drill.copy("disk/w").root / "cache"
+        assert not (trimmed / "locks").exists()
+        assert not Store(trimmed).is_read_only
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        assert Store(trimmed).is_read_only
