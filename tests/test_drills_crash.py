@@ -61,6 +61,7 @@ def crashes(source: Drill, points: Sequence[str], arguments: Sequence[str], name
 def test_the_hook_kills_whole_builds(drill: Drill) -> None:
     """As a user would set it: one program in a session of its own, and its workers with it."""
     log = drill.home / "points"
+    need("setsid")
     points = passed(drill, "build", "-j", "4")
     shutil.rmtree(drill.root / "cache")
     shutil.rmtree(drill.root / "build")
