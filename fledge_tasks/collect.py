@@ -16,9 +16,9 @@ from pathlib import Path
 
 from fledge_tasks import usage
 from fledge_tasks.config import ImageConfig
-from fledge_tasks.digest import Digest
+from fledge_tasks.digest import Digest, is_digest
 from fledge_tasks.errors import FledgeError, LockError, StoreError
-from fledge_tasks.fsutil import allocated_bytes, remove_tree
+from fledge_tasks.fsutil import allocated_bytes, crash_point, remove_tree
 from fledge_tasks.lock import LockFile
 from fledge_tasks.plan import Planner
 from fledge_tasks.store import Store
@@ -48,13 +48,16 @@ class Collected:
 
 
 def candidates(store: Store) -> list[Candidate]:
-    """Return all entries of the store, least recently used first."""
-    used = store.used()
+    """Return all entries of the store, least recently used first. What was used in the future is used now.
+
+    The clock was set back since: it must neither come last for ever, nor first.
+    """
+    used, now = store.used(), int(time.time())
     found = []
     for key in store.all_keys():
         entry, folder = store.look(key), store.folder(key)
         try:
-            when = used.get(key) or int(folder.stat().st_mtime)
+            when = min(used.get(key) or int(folder.stat().st_mtime), now)
             allocated = allocated_bytes(folder)
         except OSError:
             continue  # somebody has just removed it
@@ -125,7 +128,7 @@ def collect(
     `max_bytes` limits what all entries take on the disk, `max_age_seconds` the time since the last
     use; `only_reached` removes all that no lock file reaches, `only_own` also what only other
     workspaces need. Each entry goes by one rename; a crash leaves folders in tmp/, which the next
-    call deletes. Also deletes what was set aside as damaged, and unfinished work older than a day.
+    call deletes. Also deletes what was set aside as damaged, and work that its builder left unfinished.
     Safe while others build. Raises LockError, StoreError.
     """
     users = needed(planner, planner.workspace.images) if planner and only_own else reached(store, planner)
@@ -150,9 +153,13 @@ def collect(
             folders = [] if dry_run else store.retire(each.key for each in removed)
         for folder in folders:
             remove_tree(folder)
+            crash_point("retired: deleted")
         if not dry_run:
             _tidy(store, now)
             store.forget(each.key for each in removed)
+            with store.index.together():
+                for key in [key for key, when in store.used().items() if when > now]:
+                    store.touch(key)
     except OSError as error:
         raise StoreError(f"cannot be cleaned up: {error.strerror}", where=str(error.filename or store.root)) from None
     return Collected(removed, kept, frozenset(users), held)
@@ -167,7 +174,13 @@ def leave_only_content(store: Store) -> None:
 def _tidy(store: Store, now: float) -> None:
     shutil.rmtree(store.root / "aside", ignore_errors=True)
     temp = store.root / "tmp"
-    for path in temp.iterdir() if temp.is_dir() else ():
-        # Whoever builds removes what crashed builders of the same key left; others' must be old.
+    if not temp.is_dir():
+        return
+    store.sweep()
+    for path in temp.iterdir():
+        if is_digest(f"sha256:{path.name.partition('.')[0]}"):
+            continue  # somebody is at it
+        # What bears no key has no lock that would tell.
         if path.name.startswith("retired-") or now - path.stat().st_mtime > _STALE_SECONDS:
             remove_tree(path)
+            crash_point("tidied")

@@ -45,3 +45,5 @@ def _end(graph: Graph, store: Store) -> None:
     """Run at the end of doit's process; workers end without."""
     graph.record()
     store.close()
+    for line in store.notices.take():
+        sys.stderr.write(f"{line}\n")

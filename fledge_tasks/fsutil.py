@@ -14,6 +14,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +26,36 @@ _FALLBACK = {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EN
 _COPY_BYTES = 1 << 20
 _sync_file_range = ctypes.CDLL(None).sync_file_range
 _KERNEL_COPY_BYTES = 1 << 25  # one call cannot be interrupted by a Python signal handler
+
+CRASH_LOG = os.environ.get("FLEDGE_CRASH_LOG")
+CRASH_AT = int(os.environ.get("FLEDGE_CRASH_AT", "0"))
+
+
+def crash_point(name: str) -> None:
+    """Name a moment between two steps at which a crash must do no harm; tests make one there.
+
+    With FLEDGE_CRASH_LOG each process appends the name to that file, as one line. Whoever writes line
+    FLEDGE_CRASH_AT kills its process group.
+    """
+    if CRASH_LOG is not None:
+        _pass_crash_point(CRASH_LOG, name)
+
+
+def _pass_crash_point(log: str, name: str) -> None:
+    fd = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)  # so that the count is that of our line
+        os.write(fd, f"{name}\n".encode())
+        count = os.pread(fd, os.fstat(fd).st_size, 0).count(b"\n")
+    finally:
+        os.close(fd)
+    if count == CRASH_AT:
+        crash()
+
+
+def crash() -> None:
+    """End this process and all that it started in its process group, without a chance to tidy up."""
+    os.killpg(0, signal.SIGKILL)
 
 
 def temp_sibling(target: Path) -> Path:
@@ -72,6 +103,7 @@ def set_aside(folder: Path, target: Path) -> None:
     remove_tree(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     os.rename(folder, target)
+    crash_point("set aside: renamed")
 
 
 def remove_tree(path: Path) -> None:
@@ -92,33 +124,45 @@ def replacing(target: Path, mode: int = 0o644) -> Iterator[int]:
     fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         try:
+            crash_point(f"{target.name}: created")
             yield fd
+            crash_point(f"{target.name}: written")
             os.fsync(fd)
         finally:
             os.close(fd)
+        crash_point(f"{target.name}: synced")
         os.rename(temp, target)
+        crash_point(f"{target.name}: renamed")
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+    crash_point(f"{target.name}: folder synced")
 
 
 def write_atomic(target: Path, data: bytes) -> None:
-    """Write a small file whole or not at all, making its folder. Raises OSError."""
+    """Write a small file whole or not at all, making its folder. Raises OSError.
+
+    The caller is the only writer of `target`; what its crashed writers left is deleted.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(target)
     with replacing(target) as fd:
         write_all(fd, data)
 
 
-def publish_folder(temp: Path, target: Path) -> None:
+def publish_folder(temp: Path, target: Path, what: str = "folder") -> None:
     """Rename the finished folder `temp` to `target`, durably. `target` must not exist.
 
-    Every file in it must have been synced by its writer.
+    Every file in it must have been synced by its writer. `what` names it in crash points.
     """
     sync_folder(temp)
     target.parent.mkdir(parents=True, exist_ok=True)
+    crash_point(f"publish {what}: synced")
     os.rename(temp, target)
+    crash_point(f"publish {what}: renamed")
     sync_folder(target.parent)
+    crash_point(f"publish {what}: folder synced")
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:

@@ -7,9 +7,12 @@ Kept by diskcache in `<cache>/index`. Names are 'kind:rest'; values are JSON. Wh
     used:<key>               seconds since the epoch of the last use of an entry
     image:<lock file>:<name> what an image was last made of, see `usage`
     day:<date>               what builds did on a day, see `usage`
+    format                   the version of all this
 
-Nothing here is ever needed for a right result. An index that is corrupt is set aside and a new one
-begun; one that cannot be opened at all (a read-only cache) is treated as empty.
+Version history: 1 first version.
+
+Nothing here is ever needed for a right result. An index that is corrupt, or of another version, is
+set aside and a new one begun; one that cannot be opened at all (a read-only cache) is treated as empty.
 """
 
 from __future__ import annotations
@@ -17,17 +20,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
+import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import diskcache
 
+from fledge_tasks import fsutil
 from fledge_tasks.digest import Digest, is_digest, sha256_file
 
+FORMAT = 1
+_FORMAT_NAME = "format"
+_DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_NOTADB}
+_OTHER_TABLES = re.compile(r"no such (table|column)|table \w+ has no column")
 _RACY_SECONDS = 2.0
 _FAILURES = (sqlite3.Error, diskcache.Timeout, OSError, ValueError, TypeError, RecursionError)
 
@@ -66,39 +74,37 @@ class Index:
     Opened at the first use, in each process anew, so that it may be carried across a fork.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tell: Callable[[str], None] | None = None) -> None:
         self._folder = folder
+        self._tell = tell
         self._cache: Any = None
         self._owner = 0
+        self._seen = 0
 
     def get(self, name: str) -> Any:
         """Return the value or None."""
-        with contextlib.suppress(*_FAILURES):
-            cache = self._open()
+        with self._using() as cache:
             return cache.get(name) if cache is not None else None
-        return None
+        return None  # it failed
 
     def set(self, name: str, value: Any) -> None:
         """Remember the value if that is possible."""
-        with contextlib.suppress(*_FAILURES):
-            cache = self._open()
+        with self._using() as cache:
             if cache is not None:
                 cache.set(name, value)
 
     def remove(self, name: str) -> None:
         """Forget a name. Idempotent."""
-        with contextlib.suppress(*_FAILURES):
-            cache = self._open()
+        with self._using() as cache:
             if cache is not None:
                 cache.delete(name)
 
     def names(self) -> list[str]:
         """Return all names."""
         names: list[str] = []
-        with contextlib.suppress(*_FAILURES):
-            cache = self._open()
+        with self._using() as cache:
             if cache is not None:
-                names.extend(cache.iterkeys())
+                names.extend(name for name in cache.iterkeys() if name != _FORMAT_NAME)
         return names
 
     def items(self, kind: str) -> dict[str, Any]:
@@ -110,14 +116,13 @@ class Index:
     def together(self) -> Iterator[None]:
         """Make the writes of the block one transaction, which is several times as fast."""
         transaction = contextlib.ExitStack()
-        with contextlib.suppress(*_FAILURES):
-            cache = self._open()
+        with self._using() as cache:
             if cache is not None:
                 transaction.enter_context(cache.transact())
         try:
             yield
         finally:
-            with contextlib.suppress(*_FAILURES):
+            with self._using():
                 transaction.close()  # what was set is as true after an error; a full disk shows here
 
     def close(self) -> None:
@@ -127,21 +132,53 @@ class Index:
                 self._cache.close()
         self._cache, self._owner = None, 0
 
-    def _open(self) -> Any:
-        if self._owner == os.getpid():
-            return self._cache
-        self._owner = os.getpid()
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[Any]:
+        """Yield the database, None if there is none to be had; a failure of the block is a miss."""
+        if self._owner != os.getpid():
+            self._owner, self._cache = os.getpid(), None
+            with self._guarded():
+                self._open()
+        with self._guarded():
+            yield self._cache
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
         try:
-            self._cache = self._create()
+            yield
         except sqlite3.DatabaseError as error:
-            self._cache = None
-            if not isinstance(error, sqlite3.OperationalError):  # 'not a database', 'malformed'
-                shutil.rmtree(self._folder, ignore_errors=True)
-                with contextlib.suppress(*_FAILURES):
-                    self._cache = self._create()
+            if _is_damage(error):
+                self._begin_anew(f"is damaged ({error})")
         except _FAILURES:
-            self._cache = None
-        return self._cache
+            pass
+
+    def _open(self) -> None:
+        with contextlib.suppress(OSError):
+            self._seen = self._inode()
+        self._cache = self._create()
+        found = self._cache.get(_FORMAT_NAME)
+        if found is None:
+            self._cache.set(_FORMAT_NAME, FORMAT)
+        elif found != FORMAT:
+            self._begin_anew(f"is of version {found}, not {FORMAT}")
+
+    def _inode(self) -> int:
+        return (self._folder / "cache.db").stat().st_ino
+
+    def _begin_anew(self, reason: str) -> None:
+        """Set the database aside, unless somebody else has done so meanwhile, and begin another one."""
+        broken, self._cache = self._cache, None
+        with contextlib.suppress(*_FAILURES):
+            if broken is not None:
+                broken.close()
+        with contextlib.suppress(*_FAILURES):
+            if self._inode() == self._seen:
+                fsutil.set_aside(self._folder, self._folder.parent / "aside" / self._folder.name)
+                if self._tell:
+                    self._tell(f"{self._folder}: {reason}; set aside, and a new one begun")
+            self._cache = self._create()
+            self._seen = self._inode()
+            self._cache.set(_FORMAT_NAME, FORMAT)
 
     def _create(self) -> Any:
         # Nothing is ever evicted: entries of the store, not rows of the index, take the space.
@@ -153,6 +190,12 @@ class Index:
             size_limit=1 << 62,
             disk_min_file_size=1 << 40,
         )
+
+
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Tell whether the database is none, or not ours; no space, no permission and a lock are not its fault."""
+    # https://www.sqlite.org/rescode.html; the low byte is the primary code. A table or column of another name has none.
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE or bool(_OTHER_TABLES.match(str(error)))
 
 
 def signature(status: os.stat_result) -> list[int]:

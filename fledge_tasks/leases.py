@@ -19,6 +19,7 @@ import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from fledge_tasks import fsutil
 from fledge_tasks.digest import Digest
 
 _LOCK = "lock"
@@ -32,6 +33,11 @@ class Leases:
         self._fd: int | None = None
         self._held: set[str] = set()
 
+    @property
+    def is_held(self) -> bool:
+        """Tell whether this process has a lease."""
+        return self._fd is not None
+
     def hold(self, keys: Iterable[Digest]) -> None:
         """Keep the entries of these keys, there or not yet, until this process ends.
 
@@ -41,12 +47,16 @@ class Leases:
         new = set(keys) - self._held
         if not new and self._fd is not None:
             return
+        if self._fd is None:
+            self._sweep()
         with contextlib.suppress(OSError), self._locked(fcntl.LOCK_SH):
             if self._fd is None:
                 path = self._folder / secrets.token_hex(8)
                 self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
                 fcntl.flock(self._fd, fcntl.LOCK_EX)
+                fsutil.crash_point("lease: made")
             os.write(self._fd, "".join(f"{key.removeprefix('sha256:')}\n" for key in sorted(new)).encode())
+            fsutil.crash_point("lease: written")
             self._held |= new
 
     def release(self) -> None:
@@ -61,6 +71,12 @@ class Leases:
         """Yield all keys that are held; none is added while the block runs. Raises OSError."""
         with self._locked(fcntl.LOCK_EX):
             yield frozenset(self._read())
+
+    def _sweep(self) -> None:
+        """Delete leases without an owner, unless others are busy with theirs: they would pile up."""
+        with contextlib.suppress(OSError), self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB):
+            for _ in self._read():
+                pass
 
     def _read(self) -> Iterator[Digest]:
         for path in sorted(self._folder.iterdir()):

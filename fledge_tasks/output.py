@@ -9,12 +9,16 @@ after the file, so a crash between the two only means that the file is made agai
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from fledge_tasks import fsutil
-from fledge_tasks.digest import Digest
+from fledge_tasks.digest import Digest, sha256_bytes
+from fledge_tasks.store import Store
 
 RECORD = ".fledge.json"
 
@@ -28,6 +32,29 @@ class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mtime_ns: int
     inode: int
     seconds: float = 0.0
+
+
+@contextlib.contextmanager
+def writing(store: Store, path: Path) -> Iterator[None]:
+    """Be the only one who writes `path` and its neighbours, across processes. Raises StoreError.
+
+    A cache that is read-only has no place for a lock, but all that is wanted may be in it: then the
+    folder of `path` itself is locked.
+    """
+    if not store.is_read_only:
+        with store.building(sha256_bytes(f"output {path}".encode())):
+            yield
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise fsutil.explained(error, path) from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def look(path: Path, key: str) -> Written | str:

@@ -196,7 +196,7 @@ class Planner:
     def hold(self, image: ImageConfig) -> None:
         """Keep what a build of the image uses or makes from being removed, see `leases`. Raises as `plan`."""
         plan = self.plan(image)
-        self.store.leases.hold(plan.keys if plan else [])
+        self.store.hold(plan.keys if plan else [])
 
     def forget(self, image: ImageConfig) -> None:
         """Look at the image's local source again: it was just resolved."""

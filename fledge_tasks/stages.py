@@ -144,13 +144,22 @@ def unpack(planner: Planner, plan: ImagePlan, layer: Layer) -> Values:
                     where=f"{plan.image.name}: layer {short(layer.ref.diff_id)}",
                 )
             except BlobError:
-                store.discard(layer.blob.key())  # else the next build would meet it again
+                _drop_blob(store, layer)  # else the next build would meet it again
                 raise
             index.flush()
             info = {"entries": unpacked.entries, "tar_bytes": unpacked.tar_bytes, "fetch_seconds": blob.seconds}
             entry = _publish(store, layer.unpack, folder, info=info, known={PAYLOAD: unpacked.payload_xxh3})
-        store.discard(layer.blob.key())
+        _drop_blob(store, layer)
     return {"bytes": entry.size}
+
+
+def _drop_blob(store: Store, layer: Layer) -> None:
+    """Remove the blob of a layer, unless somebody is just fetching it."""
+    key = layer.blob.key()
+    if store.folder(key).exists():
+        with store.building_if_free(key) as is_free:
+            if is_free:
+                store.discard(key)
 
 
 # --- mkfs ------------------------------------------------------------------------------------
@@ -273,7 +282,7 @@ def _size(path: Path) -> int:
 def assemble(planner: Planner, plan: ImagePlan) -> Values:
     """Put the image file together from the filesystem and the payloads."""
     store, key = planner.store, plan.assemble.key()
-    with store.building(sha256_bytes(f"output {plan.output}".encode())):
+    with output.writing(store, plan.output):
         written = output.look(plan.output, key)
         if isinstance(written, output.Written):
             return {**HIT, "sha256": written.sha256}
@@ -297,6 +306,8 @@ def assemble(planner: Planner, plan: ImagePlan) -> Values:
         with store.index.together():
             for entry in (*sources, made):
                 store.touch(entry.key)
+        for layer in plan.layers:
+            _drop_blob(store, layer)  # one that a crash after unpacking left, or that was fetched beside it
     return {
         "bytes": assembled.size,
         "sha256": assembled.sha256,
@@ -311,11 +322,13 @@ def assemble(planner: Planner, plan: ImagePlan) -> Values:
 def write_manifest(planner: Planner, plan: ImagePlan) -> Values:
     """Write the manifest of the image file beside it."""
     store = planner.store
-    with store.building(sha256_bytes(f"output {plan.output}".encode())):
+    with output.writing(store, plan.output):
         image = is_assembled(plan)
         if isinstance(image, str):
             raise StoreError(f"{image} any more", where=str(plan.output), hint="run again")
         record = plan.manifest(image.sha256)
+        if isinstance(output.look(plan.manifest_output, record.key()), output.Written):
+            return HIT
         config = store.find(plan.config.key())
         if config is None:
             raise _gone("the OCI config")

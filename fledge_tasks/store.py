@@ -24,6 +24,7 @@ archived and restored with other times; every file is then checked again once.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,13 +36,15 @@ import filelock
 import msgspec
 
 from fledge_tasks import fsutil
-from fledge_tasks.digest import Digest, is_digest, sha256_bytes, xxh3_file
+from fledge_tasks.digest import Digest, is_digest, sha256_bytes, short, xxh3_file
 from fledge_tasks.errors import StoreError
 from fledge_tasks.index import Index, signature
 from fledge_tasks.leases import Leases
+from fledge_tasks.notices import Notices
 
 FORMAT = 1
 RECORD = "entry.json"
+_NO_RECORD = "its record is missing, damaged, or of another version"
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# This folder holds a fledge-tasks cache. See https://bford.info/cachedir/\n"
 
 
@@ -55,16 +58,21 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def misfit(self, folder: Path) -> str | None:
         """Return why the files in a folder are not the ones of this record, None if they are. Reads every byte."""
-        for name, (size, checksum) in self.files.items():
-            try:
-                found = (folder / name).stat().st_size
-                if found != size:
-                    return f"{name} has {found} bytes, not {size}"
-                if (found_checksum := xxh3_file(folder / name)) != checksum:
-                    return f"{name} has the XXH3 {found_checksum}, not {checksum}"
-            except OSError as error:
-                return f"{name} cannot be read: {error.strerror}"
-        return None
+        reasons = (_misfit(folder / name, size, checksum) for name, (size, checksum) in self.files.items())
+        return next((reason for reason in reasons if reason), None)
+
+
+def _misfit(path: Path, size: int, checksum: str) -> str | None:
+    """Return in what a file is not the one of this size and XXH3-128, None if it is. Reads every byte."""
+    try:
+        found = path.stat().st_size
+        if found != size:
+            return f"{path.name} has {found} bytes, not {size}"
+        if (found_checksum := xxh3_file(path)) != checksum:
+            return f"{path.name} has the XXH3 {found_checksum}, not {checksum}"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
+    return None
 
 
 def parse_record(data: bytes, key: Digest) -> Record | None:
@@ -103,8 +111,9 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
-        self.index = Index(self.root / "index")
         self.leases = Leases(self.root / "leases")
+        self.notices = Notices()
+        self.index = Index(self.root / "index", self.notices.add)
         self._started: dict[Path, float] = {}
 
     def prepare(self) -> None:
@@ -113,8 +122,10 @@ class Store:
             for name in ("objects", "tmp", "locks"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             tag = self.root / "CACHEDIR.TAG"
-            if not tag.exists():
-                fsutil.write_atomic(tag, _TAG.encode())
+            # In place, since many processes may do it at once; half a tag is written again by the next.
+            if not tag.exists() or tag.stat().st_size < len(_TAG):
+                tag.write_text(_TAG)
+                fsutil.crash_point("prepared")
         except OSError as error:
             raise _explained(error, self.root) from None
 
@@ -122,6 +133,12 @@ class Store:
         """Let go of what this process holds, and write the index into its one file."""
         self.leases.release()
         self.index.close()
+
+    @property
+    def is_read_only(self) -> bool:
+        """Tell whether the folder is there and this process may not write to it."""
+        locks = self.root / "locks"
+        return (self.root / "objects").is_dir() and not os.access(locks if locks.is_dir() else self.root, os.W_OK)
 
     def find(self, key: Digest) -> Entry | None:
         """Return the entry of a key if it is there and valid. Never raises for a bad entry."""
@@ -131,10 +148,13 @@ class Store:
         except OSError:
             return None
         record = self._read(key)
-        if record is None or not all(
-            self._is_whole(key, folder / name, *facts) for name, facts in record.files.items()
-        ):
-            self._set_aside(key, seen)
+        if record is None:
+            reason: str | None = _NO_RECORD
+        else:
+            reasons = (self._misfit(key, folder / name, *facts) for name, facts in record.files.items())
+            reason = next((reason for reason in reasons if reason), None)
+        if record is None or reason:
+            self._set_aside(key, seen, f"{record.stage if record else 'entry'} {short(key)}: {reason}")
             return None
         return _entry(key, folder, record)
 
@@ -151,7 +171,7 @@ class Store:
     def damage(self, key: Digest) -> str | None:
         """Return what is wrong with an entry, None if it is whole. Reads every byte, whatever is remembered of it."""
         record = self._read(key)
-        return record.misfit(self.folder(key)) if record else "its record is missing or damaged"
+        return record.misfit(self.folder(key)) if record else _NO_RECORD
 
     def _read(self, key: Digest) -> Record | None:
         try:
@@ -174,6 +194,7 @@ class Store:
         try:
             lock = filelock.FileLock(self.root / "locks" / _hex(key), thread_local=False)
             with lock:
+                fsutil.crash_point("locked")
                 fsutil.remove_stale_below(self.root / "tmp", _hex(key))
                 yield
         except OSError as error:
@@ -195,11 +216,27 @@ class Store:
         finally:
             lock.release()
 
+    def hold(self, keys: Iterable[Digest]) -> None:
+        """Keep the entries of these keys, see `leases`. The first time, delete what crashed builders left, too."""
+        if not self.leases.is_held:
+            with contextlib.suppress(OSError, StoreError):  # of a cache that is read-only, or not there
+                self.sweep()
+        self.leases.hold(keys)
+
+    def sweep(self) -> None:
+        """Delete unfinished work whose builder is gone. Raises OSError, StoreError."""
+        for path in (self.root / "tmp").iterdir():
+            if is_digest(key := Digest(f"sha256:{path.name.partition('.')[0]}")):
+                with self.building_if_free(key):
+                    pass  # with the lock, what is left is gone
+                fsutil.crash_point("swept")
+
     @contextlib.contextmanager
     def staging(self, key: Digest) -> Iterator[Path]:
         """Yield a new folder inside the store for the files of a key; it is gone afterwards."""
         folder = fsutil.temp_folder(self.root / "tmp", _hex(key))
         self._started[folder] = time.monotonic()
+        fsutil.crash_point("staging: made")
         try:
             yield folder
         finally:
@@ -242,15 +279,18 @@ class Store:
                 if durable:
                     fsutil.sync_file(folder / name)
                 (folder / name).chmod(0o444)
+            fsutil.crash_point(f"publish {record.stage}: files synced")
             (folder / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1))
             fsutil.sync_file(folder / RECORD)
+            fsutil.crash_point(f"publish {record.stage}: record synced")
             if target.exists():
                 shutil.rmtree(target)
-            fsutil.publish_folder(folder, target)
+            fsutil.publish_folder(folder, target, record.stage)
             with self.index.together():
                 for name, (_, checksum) in record.files.items():
                     self._remember(key, target / name, checksum)
                 self.touch(key)
+            fsutil.crash_point(f"publish {record.stage}: remembered")
         except OSError as error:
             raise _explained(error, self.root) from None
         return _entry(key, target, record)
@@ -269,6 +309,7 @@ class Store:
         for key in keys:
             target = fsutil.temp_name(self.root / "tmp", f"retired-{_hex(key)}")
             fsutil.move(self.folder(key), target)
+            fsutil.crash_point("retire: renamed")
             retired.append(target)
         return retired
 
@@ -286,26 +327,26 @@ class Store:
         folder = self.folder(key)
         # The record goes first: what is left after a crash is not an entry.
         (folder / RECORD).unlink(missing_ok=True)
+        fsutil.crash_point("discard: record deleted")
         shutil.rmtree(folder, ignore_errors=True)
+        fsutil.crash_point("discard: folder deleted")
 
     def folder(self, key: Digest) -> Path:
         """Return where the entry of a key is, or would be."""
         name = _hex(key)
         return self.root / "objects" / name[:2] / name
 
-    def _is_whole(self, key: Digest, path: Path, size: int, checksum: str) -> bool:
-        try:
+    def _misfit(self, key: Digest, path: Path, size: int, checksum: str) -> str | None:
+        """Like the function, but do not read a file that is still the one that was checked."""
+        with contextlib.suppress(OSError):
             status = path.stat()
-            if status.st_size != size:
-                return False
-            if self.index.get(_memo_name(key, path)) == [*signature(status), checksum]:
-                return True
-            if xxh3_file(path) != checksum:
-                return False
-            self._remember(key, path, checksum)
-        except OSError:
-            return False
-        return True
+            if status.st_size == size and self.index.get(_memo_name(key, path)) == [*signature(status), checksum]:
+                return None
+        reason = _misfit(path, size, checksum)
+        if reason is None:
+            with contextlib.suppress(OSError):
+                self._remember(key, path, checksum)
+        return reason
 
     def _remember(self, key: Digest, path: Path, checksum: str) -> None:
         # Trusted at once, unlike other people's files: nobody writes to an entry after its rename.
@@ -316,12 +357,20 @@ class Store:
         with contextlib.suppress(OSError):
             self._set_aside(key, self.folder(key).stat().st_ino)
 
-    def _set_aside(self, key: Digest, seen: int) -> None:
+    def _set_aside(self, key: Digest, seen: int, damage: str | None = None) -> None:
         folder = self.folder(key)
-        with contextlib.suppress(OSError):
+        try:
             # Somebody else may have found the damage first, and may have built the entry anew by now.
-            if folder.stat().st_ino == seen:
-                fsutil.set_aside(folder, self.root / "aside" / _hex(key))
+            if folder.stat().st_ino != seen:
+                return
+            fsutil.set_aside(folder, self.root / "aside" / _hex(key))
+            done = "set aside, to be made again when it is needed"
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            done = f"not used; it cannot be set aside: {error.strerror}"
+        if damage:
+            self.notices.add(f"damaged: {damage}; {done}")
 
 
 def _entry(key: Digest, folder: Path, record: Record) -> Entry:

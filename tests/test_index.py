@@ -142,7 +142,9 @@ def test_a_pickled_key_is_not_unpickled(index: Index, tmp_path: Path) -> None:
     index.set("mine", 1)
     index.close()
     with sqlite3.connect(tmp_path / "index" / "cache.db") as database:
-        database.execute("UPDATE Cache SET raw = 0, key = ?", (pickle.dumps(Bomb(tmp_path / "exploded")),))
+        database.execute(
+            "UPDATE Cache SET raw = 0, key = ? WHERE key = 'mine'", (pickle.dumps(Bomb(tmp_path / "exploded")),)
+        )
     database.close()
     assert index.get("mine") is None
     assert not (tmp_path / "exploded").exists()

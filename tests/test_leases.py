@@ -52,6 +52,17 @@ def test_a_lease_ends_with_its_process(tmp_path: Path) -> None:
     assert held(tmp_path) == set()
 
 
+def test_who_makes_a_lease_deletes_those_without_an_owner(tmp_path: Path) -> None:
+    other = Leases(tmp_path)
+    other.hold(KEYS[:1])
+    for _ in range(3):
+        one = Leases(tmp_path)
+        one.hold(KEYS[1:2])
+        assert len(list(tmp_path.iterdir())) == 3, "the lock, the other, and this one"
+        one.release()
+    assert held(tmp_path) == {KEYS[0]}
+
+
 def test_what_is_forked_adds_to_the_lease_and_keeps_it(tmp_path: Path) -> None:
     lease = Leases(tmp_path)
     lease.hold([])

@@ -30,7 +30,7 @@ class Context:
     def planner(self, *, locked: bool = False, offline: bool = False) -> Planner:
         """Return a planner for the workspace."""
         found = self.load()
-        return Planner(found, Store(found.cache), locked=locked, offline=offline)
+        return Planner(found, _open(found.cache), locked=locked, offline=offline)
 
     def store(self) -> tuple[Store, Planner | None]:
         """Return the cache, and a planner where there is a workspace. Raises ConfigError for a broken one."""
@@ -39,8 +39,20 @@ class Context:
         except ConfigError:
             raise
         except InputError:
-            return Store(workspace.cache_folder(self.folder)), None
+            return _open(workspace.cache_folder(self.folder)), None
         return planner.store, planner
+
+
+def _open(cache: Path) -> Store:
+    """Return a store whose notices are printed when the command ends, however it ends."""
+    store = Store(cache)
+
+    def show() -> None:
+        for line in store.notices.take():
+            click.echo(line, err=True)
+
+    click.get_current_context().call_on_close(show)
+    return store
 
 
 def names_argument(function: Callable[..., object]) -> Callable[..., object]:
