@@ -123,7 +123,8 @@ class Graph:
             yield from self._layer_tasks(plan)
         needs = [f"resolve:{name}"] if plan else []
         yield self._task(
-            "mkfs", name, _mkfs, (planner, image), self._check(image, partial(fresh.is_made, planner.store)), missing,
+            "mkfs", name, _mkfs, (planner, image), self._check(image, partial(fresh.is_made, planner.store)),
+            partial(self._missing_filesystem, image),
             setup=[*needs, *layers], task_dep=before,
         )  # fmt: skip
         yield self._task(
@@ -170,6 +171,13 @@ class Graph:
         if self._tell and image.name not in self._told:
             self._told.add(image.name)
             self._tell(image.name, why(self._planner, image))
+
+    def _missing_filesystem(self, image: ImageConfig) -> None:
+        self._missing(image)
+        from fledge_tasks.filesystems import ext4
+
+        with contextlib.suppress(FledgeError):  # mkfs will say it
+            ext4.load()  # here, and not in each worker anew
 
     def _check_resolve(self, image: ImageConfig) -> Callable[[], bool]:
         return lambda: not self._update and fresh.is_resolved(self._planner, image)
