@@ -36,7 +36,7 @@ from doit.exceptions import BaseFail, DependencyError, InvalidDodoFile, TaskErro
 from doit.runner import Runner
 from doit.task import Stream, Task
 
-from fledge_tasks import interrupt, progress
+from fledge_tasks import collector, interrupt, progress
 from fledge_tasks.action import StageFailed
 from fledge_tasks.errors import FledgeError
 from fledge_tasks.interrupt import Interrupted
@@ -97,7 +97,7 @@ class SafeRunner(Runner):  # type: ignore[misc]  # doit has no types
             listener.advanced(name, done_bytes, total_bytes)
             listener.tick()
 
-        with progress.reporting(task.name, sink):
+        with progress.reporting(task.name, sink), collector.resumed():
             return super().execute_task(task)
 
 
@@ -198,6 +198,7 @@ class WorkerRunner(SafeRunner):
             os._exit(1)
         try:
             interrupt.handle_in_worker()
+            collector.resume_in_worker()
             with progress.reporting(task.name, self._channel.send) if self._channel else contextlib.nullcontext():
                 failure = task.execute(self.stream)
             sys.stdout.flush()
