@@ -225,16 +225,17 @@ class Planner:
         source_date_epoch()
         problems: list[FledgeError] = []
         missing: list[str] = []
-        for image in images:
-            try:
-                self.reference(image)
-                self._mapped(image)
-                self._local_agent(image)
-                _check_type(image)
-                if self.locked and (reason := self.unresolved(image)):
-                    missing.append(f"{image.name}: {reason}")
-            except FledgeError as error:
-                problems.append(error)
+        with self.digest_of.together():
+            for image in images:
+                try:
+                    self.reference(image)
+                    self._mapped(image)
+                    self._local_agent(image)
+                    _check_type(image)
+                    if self.locked and (reason := self.unresolved(image)):
+                        missing.append(f"{image.name}: {reason}")
+                except FledgeError as error:
+                    problems.append(error)
         if len(problems) == 1:
             raise problems[0]
         if problems:
@@ -250,7 +251,8 @@ class Planner:
         if image.name not in self._expanded:
             self._refuse_own_folders(image)
             pairs = [(mapping.source, mapping.destination) for mapping in image.mappings]
-            self._expanded[image.name] = expand(pairs, image.folder, self.digest_of)
+            with self.digest_of.together():
+                self._expanded[image.name] = expand(pairs, image.folder, self.digest_of)
         return self._expanded[image.name]
 
     def _refuse_own_folders(self, image: ImageConfig) -> None:

@@ -96,8 +96,9 @@ class Graph:
         """Return the tasks of these images, and one group for each stage."""
         tasks: list[Task] = []
         self._images = list(images)
-        for image in self._images:
-            tasks.extend(self._image(image))
+        with self._planner.digest_of.together():
+            for image in self._images:
+                tasks.extend(self._image(image))
         groups = []
         for stage in (*STAGES, "build"):
             members = [task.name for task in tasks if task.subtask_of == stage]

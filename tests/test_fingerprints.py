@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from fledge_tasks import index as index_module
+from fledge_tasks import workspace
 from fledge_tasks.digest import sha256_bytes, sha256_file
 from fledge_tasks.index import FileDigests, Index
 from fledge_tasks.mappings import expand
+from fledge_tasks.plan import Planner
+from fledge_tasks.store import Store
 from tests.layers import Member, folder
 from tests.layouts import Place
 from tests.tools import need
@@ -144,6 +148,58 @@ def test_of_a_large_mapped_folder_what_was_edited_is_read(
     assert reads == [files[1234]] * 2
     clock.write(files[1234], b"Edit")  # in the granule of the first edit, and of its size
     assert digests()["/srv/34/1234"] == sha256_bytes(b"Edit")
+
+
+def test_what_is_read_together_is_written_down_at_once(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[Path]
+) -> None:
+    clock = Clock(monkeypatch, 1)
+    files = [tmp_path / name for name in "abc"]
+    for file in files:
+        clock.write(file, file.name.encode())
+    clock.now += 3 * SECOND
+    digest_of, other = FileDigests(index), Index(tmp_path / "index")
+    with pytest.raises(OSError, match="mine"), digest_of.together(), digest_of.together():  # noqa: PT012
+        for file in files:
+            assert digest_of(file) == sha256_bytes(file.name.encode())
+        assert other.names() == []
+        other.set("x", 1)  # nobody has to wait
+        raise OSError("mine")
+    assert sorted(other.names()) == [*(f"file:{file}" for file in files), "x"]
+    assert reads == files
+    assert [FileDigests(other)(file) for file in files] == [sha256_bytes(name) for name in (b"a", b"b", b"c")]
+    assert reads == files
+    clock.write(files[0], b"A")
+    clock.now += 3 * SECOND
+    assert digest_of(files[0]) == FileDigests(other)(files[0]) == sha256_bytes(b"A")
+    assert reads == [*files, files[0]], "after the block each is written down by itself"
+
+
+def test_a_large_mapped_folder_is_one_transaction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(tmp_path, tmp_path)
+    for name in ("web", "api"):
+        place.add(name, f"oci:../{name}", mappings={"static": "/srv"})
+        (place.root / name / "static").mkdir()
+        for number in range(20):
+            (place.root / name / "static" / str(number)).write_bytes(b"%d" % number)
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now + 3 * SECOND)
+    events: list[str] = []
+    together, put = Index.together, Index.set
+
+    @contextlib.contextmanager
+    def recording(self: Index) -> Iterator[None]:
+        events.append("begin")
+        with together(self):
+            yield
+        events.append("end")
+
+    monkeypatch.setattr(Index, "together", recording)
+    monkeypatch.setattr(Index, "set", lambda self, name, value: events.append(name) or put(self, name, value))  # type: ignore[func-returns-value]
+    found = Planner(workspace.load(place.root), Store(place.root / "cache"))
+    found.check(found.workspace.images)
+    assert [events[0], events[-1], len(events)] == ["begin", "end", 42]
+    assert {event for event in events[1:-1] if not event.startswith("file:")} == set()
 
 
 def test_builds_of_a_large_mapped_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[Path]) -> None:
