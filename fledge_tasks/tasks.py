@@ -159,8 +159,9 @@ class Graph:
             self._layers.add(layer.ref.diff_id)
             name = short(layer.ref.diff_id)
             yield self._task(
-                "fetch", name, _fetch, (planner, plan, layer), partial(fresh.is_fetched, store, layer), missing
-            )
+                "fetch", name, _fetch, (planner, plan, layer), partial(fresh.is_fetched, store, layer), missing,
+                turn=f"fetch for {plan.image.name}",  # the first gets the blobs of all
+            )  # fmt: skip
             yield self._task(
                 "unpack", name, _unpack, (planner, plan, layer), partial(fresh.is_unpacked, store, layer), missing,
                 setup=[f"fetch:{name}"],
@@ -202,6 +203,7 @@ class Graph:
         setup: Iterable[str] = (),
         task_dep: Iterable[str] = (),
         clean: Iterable[Any] = (),
+        turn: str | None = None,
     ) -> Task:
         return Task(
             f"{stage}:{name}",
@@ -212,6 +214,7 @@ class Graph:
             clean=list(clean),
             subtask_of=stage,
             doc=f"{stage} {name}",
+            meta={"turn": turn},
             io={"capture": False},
         )
 
