@@ -63,8 +63,10 @@ def run(
     command = [str(argument) for argument in argv]
     full_env = environment(env)
     with tempfile.TemporaryFile() as errors:
+        process: subprocess.Popen[bytes] | None = None
         try:
-            # A signal between the fork and the note of it would leave a program that nobody ends.
+            # A signal between the fork and the note of it would leave a program that nobody ends. One that
+            # was held is raised where the block ends, when the program is noted.
             with interrupt.held():
                 process = subprocess.Popen(
                     command,
@@ -76,17 +78,18 @@ def run(
                     start_new_session=True,
                     preexec_fn=_begin,  # noqa: PLW1509
                 )
-        except FileNotFoundError:
-            raise ToolError(
-                f"{command[0]} is not installed (not found on PATH)",
-                hint=f"install it, for example: sudo apt-get install {package_of(command[0])}",
-            ) from None
-        except PermissionError as error:
-            raise ToolError(f"{command[0]} cannot be started: {error.strerror}") from None
-        try:
             output, _ = process.communicate()
-        except BaseException:
-            _end(process)
+        except BaseException as error:
+            if process is not None:
+                _end(process)
+                raise
+            if isinstance(error, FileNotFoundError):
+                raise ToolError(
+                    f"{command[0]} is not installed (not found on PATH)",
+                    hint=f"install it, for example: sudo apt-get install {package_of(command[0])}",
+                ) from None
+            if isinstance(error, PermissionError):
+                raise ToolError(f"{command[0]} cannot be started: {error.strerror}") from None
             raise
         if process.returncode == 0:
             return output
