@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | fuzz | setup | clean.  PYTHON chooses the interpreter, 3.11 or later.
+# make demo | test | lint | bench | bench-monorepo | fuzz | setup | clean.  PYTHON chooses the interpreter, 3.11 or later.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ TEST_TOOLS := $(DEMO_TOOLS) umoci:umoci buildah:buildah mmdebstrap:mmdebstrap do
 # Everything in test and bench that mounts an image or starts a daemon needs root.
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),$(shell command -v sudo))
 
-.PHONY: demo test lint bench fuzz setup clean demo-tools test-tools python
+.PHONY: demo test lint bench bench-monorepo fuzz setup clean demo-tools test-tools python
 .DEFAULT_GOAL := demo
 
 demo: setup demo-tools $(HELLO)/layouts/hello
@@ -33,6 +33,9 @@ lint: setup
 
 bench: setup test-tools
 	$(AS_ROOT) $(BIN)/python -m bench.run
+
+bench-monorepo: setup test-tools
+	$(AS_ROOT) $(BIN)/python -m bench.monorepo --write
 
 # Seconds for each target. atheris has wheels for few interpreters, so it is no dependency of the tests.
 FUZZ_SECONDS ?= 60

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from doit.task import Task
 
-from fledge_tasks import workspace
+from fledge_tasks import collector, workspace
 from fledge_tasks.errors import FledgeError
 from fledge_tasks.plan import Planner, source_date_epoch
 from fledge_tasks.runner import harden
@@ -33,7 +33,8 @@ def task_fledge() -> Iterator[Task]:
         source_date_epoch()  # what is wrong with it is wrong with all images, and found before any is looked up
         planner = Planner(found, Store(found.cache))
         graph = Graph(planner)
-        tasks = graph.tasks(found.images)
+        with collector.paused():
+            tasks = graph.tasks(found.images)
     except FledgeError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(error.exit_code) from None

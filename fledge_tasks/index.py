@@ -212,6 +212,27 @@ class FileDigests:
 
     def __init__(self, index: Index) -> None:
         self._index = index
+        self._pending: dict[str, list[Any]] | None = None
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Write down what the block reads when it ends, at once, which is several times as fast.
+
+        Nobody else has to wait meanwhile, as they would for a transaction that is open while large
+        files are read.
+        """
+        if self._pending is not None:
+            yield
+            return
+        self._pending = {}
+        try:
+            yield
+        finally:
+            pending, self._pending = self._pending, None
+            if pending:
+                with self._index.together():
+                    for name, value in pending.items():
+                        self._index.set(name, value)
 
     def __call__(self, path: Path) -> Digest:
         """Return the digest of a file's content. Raises OSError."""
@@ -224,5 +245,8 @@ class FileDigests:
         digest = sha256_file(path)
         is_settled = now - max(status.st_mtime_ns, status.st_ctime_ns) > _RACY_SECONDS * 1e9
         if is_settled and signature(path.stat()) == facts:
-            self._index.set(name, [*facts, digest])
+            if self._pending is None:
+                self._index.set(name, [*facts, digest])
+            else:
+                self._pending[name] = [*facts, digest]
         return digest

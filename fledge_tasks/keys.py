@@ -15,8 +15,8 @@ Version history of the formats: all 1, first version.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import msgspec
@@ -24,8 +24,10 @@ import msgspec
 from fledge_tasks.digest import Digest, sha256_bytes
 from fledge_tasks.mappings import MappedFile
 
+_quoted = json.encoder.encode_basestring_ascii  # what json.dumps does to a string, without its preparations
 
-class Stage(msgspec.Struct, frozen=True, kw_only=True):
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True, dict=True):  # dict: for the cached property
     """Base of the records. A subclass's name, in lower case, is the name of its stage."""
 
     FORMAT: ClassVar[int] = 1
@@ -42,18 +44,32 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
 
     def key(self) -> Digest:
         """Return the key."""
+        return self._key
+
+    @functools.cached_property
+    def _key(self) -> Digest:
         return sha256_bytes(self.text().encode())
 
 
-def _lines(name: str, value: object) -> Iterator[str]:
-    if isinstance(value, dict) and value:
+def _lines(name: str, value: object) -> list[str]:
+    lines: list[str] = []
+    _add_lines(lines, name, value)
+    return lines
+
+
+def _add_lines(lines: list[str], name: str, value: object) -> None:
+    if isinstance(value, str):  # nearly all
+        lines.append(f"{name} = {_quoted(value)}\n")
+    elif type(value) is int:
+        lines.append(f"{name} = {value}\n")
+    elif isinstance(value, dict) and value:
         for field, below in sorted(value.items()):
-            yield from _lines(f"{name}.{field}" if name else str(field), below)
-    elif isinstance(value, list | tuple) and value:
+            _add_lines(lines, f"{name}.{field}" if name else str(field), below)
+    elif isinstance(value, (list, tuple)) and value:
         for number, below in enumerate(value):
-            yield from _lines(f"{name}[{number}]", below)
+            _add_lines(lines, f"{name}[{number}]", below)
     else:
-        yield f"{name} = {json.dumps(value)}\n"
+        lines.append(f"{name} = {json.dumps(value)}\n")
 
 
 class Config(Stage, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ Nothing is built here, and nothing is written but the index.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import uuid
@@ -109,21 +110,33 @@ class Planner:
         self.lock = LockFile(workspace.lock)
         self.digest_of = FileDigests(store.index)
         self.limits = _limits(workspace)
+        self._references: dict[str, Reference] = {}
+        self._lock_names: dict[str, str] = {}
         self._plans: dict[str, tuple[LockedImage, LockedAgent | None, ImagePlan]] = {}
         self._identities: dict[str, str | FledgeError | None] = {}
         self._expanded: dict[str, tuple[list[MappedFile], dict[str, Path]]] = {}
 
+    @functools.cached_property
+    def _mke2fs_version(self) -> str:
+        return MKE2FS.version(self.store.index)
+
     def reference(self, image: ImageConfig) -> Reference:
         """Return the parsed reference. Raises InputError that names file and key."""
+        if (known := self._references.get(image.name)) is not None:
+            return known
         try:
-            return reference.parse(image.source.image)
+            parsed = self._references[image.name] = reference.parse(image.source.image)
+            return parsed
         except InputError as error:
             raise InputError(error.message, where=f"{image.file}: source.image", hint=error.hint) from None
 
     def lock_name(self, image: ImageConfig) -> str:
         """Return the name of the image's entry in the lock file."""
-        name = reference.lock_name(self.reference(image), image.folder, self.workspace.root)
-        return f"{name} {image.source.platform}"
+        name = self._lock_names.get(image.name)
+        if name is None:
+            found = reference.lock_name(self.reference(image), image.folder, self.workspace.root)
+            name = self._lock_names[image.name] = f"{found} {image.source.platform}"
+        return name
 
     def agent_spec(self, image: ImageConfig) -> agent.AgentSpec | None:
         """Return `[agent]` in the form of the module that gets it."""
@@ -212,16 +225,17 @@ class Planner:
         source_date_epoch()
         problems: list[FledgeError] = []
         missing: list[str] = []
-        for image in images:
-            try:
-                self.reference(image)
-                self._mapped(image)
-                self._local_agent(image)
-                _check_type(image)
-                if self.locked and (reason := self.unresolved(image)):
-                    missing.append(f"{image.name}: {reason}")
-            except FledgeError as error:
-                problems.append(error)
+        with self.digest_of.together():
+            for image in images:
+                try:
+                    self.reference(image)
+                    self._mapped(image)
+                    self._local_agent(image)
+                    _check_type(image)
+                    if self.locked and (reason := self.unresolved(image)):
+                        missing.append(f"{image.name}: {reason}")
+                except FledgeError as error:
+                    problems.append(error)
         if len(problems) == 1:
             raise problems[0]
         if problems:
@@ -237,7 +251,8 @@ class Planner:
         if image.name not in self._expanded:
             self._refuse_own_folders(image)
             pairs = [(mapping.source, mapping.destination) for mapping in image.mappings]
-            self._expanded[image.name] = expand(pairs, image.folder, self.digest_of)
+            with self.digest_of.together():
+                self._expanded[image.name] = expand(pairs, image.folder, self.digest_of)
         return self._expanded[image.name]
 
     def _refuse_own_folders(self, image: ImageConfig) -> None:
@@ -292,7 +307,7 @@ class Planner:
             buffer_mib=image.filesystem.size_buffer_mb,
             epoch=customize.epoch,
             uuid=str(uuid.UUID(hex=content.key()[7 : 7 + 32], version=4)),
-            tools=(f"e2fsprogs {MKE2FS.version(self.store.index)}",),
+            tools=(f"e2fsprogs {self._mke2fs_version}",),
         )
         return ImagePlan(
             image=image,

@@ -65,7 +65,8 @@ def run(
     with tempfile.TemporaryFile() as errors:
         process: subprocess.Popen[bytes] | None = None
         try:
-            # A signal between the fork and the note of it would leave a program that nobody ends.
+            # A signal between the fork and the note of it would leave a program that nobody ends. One that
+            # was held is raised where the block ends, when the program is noted.
             with interrupt.held():
                 process = subprocess.Popen(
                     command,
@@ -78,16 +79,17 @@ def run(
                     preexec_fn=_begin,  # noqa: PLW1509
                 )
             output, _ = process.communicate()
-        except FileNotFoundError:
-            raise ToolError(
-                f"{command[0]} is not installed (not found on PATH)",
-                hint=f"install it, for example: sudo apt-get install {package_of(command[0])}",
-            ) from None
-        except PermissionError as error:
-            raise ToolError(f"{command[0]} cannot be started: {error.strerror}") from None
-        except BaseException:
+        except BaseException as error:
             if process is not None:
                 _end(process)
+                raise
+            if isinstance(error, FileNotFoundError):
+                raise ToolError(
+                    f"{command[0]} is not installed (not found on PATH)",
+                    hint=f"install it, for example: sudo apt-get install {package_of(command[0])}",
+                ) from None
+            if isinstance(error, PermissionError):
+                raise ToolError(f"{command[0]} cannot be started: {error.strerror}") from None
             raise
         if process.returncode == 0:
             return output

@@ -12,14 +12,13 @@ The stage 'resolve' has a module of its own.
 from __future__ import annotations
 
 import contextlib
-import gc
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fledge_tasks import agent, fsutil, manifest, mappings, output
+from fledge_tasks import agent, collector, fsutil, manifest, mappings, output
 from fledge_tasks.assemble import assemble as assemble_image
 from fledge_tasks.digest import sha256_bytes, short
 from fledge_tasks.errors import BlobError, StoreError
@@ -168,7 +167,7 @@ def _drop_blob(store: Store, layer: Layer) -> None:
 def mkfs(planner: Planner, plan: ImagePlan) -> Values:
     """Merge all layers and the customization, and make the filesystem without its file data."""
     store, key = planner.store, plan.mkfs.key()
-    with store.building(key), _without_collector():
+    with store.building(key), collector.paused():
         customization = _customize(store, plan)
         if store.find(key) is not None:
             return HIT
@@ -198,18 +197,6 @@ def sources_of(store: Store, plan: ImagePlan) -> list[Entry]:
     if customization is None:
         raise _gone("the customization")
     return [*_unpacked(store, plan), customization]
-
-
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """Switch the cycle collector off: a tree of many inodes has no cycles, and looking for them takes a fifth."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _parameters(plan: ImagePlan) -> ext4_size.Parameters:

@@ -96,8 +96,9 @@ class Graph:
         """Return the tasks of these images, and one group for each stage."""
         tasks: list[Task] = []
         self._images = list(images)
-        for image in self._images:
-            tasks.extend(self._image(image))
+        with self._planner.digest_of.together():
+            for image in self._images:
+                tasks.extend(self._image(image))
         groups = []
         for stage in (*STAGES, "build"):
             members = [task.name for task in tasks if task.subtask_of == stage]
@@ -123,7 +124,8 @@ class Graph:
             yield from self._layer_tasks(plan)
         needs = [f"resolve:{name}"] if plan else []
         yield self._task(
-            "mkfs", name, _mkfs, (planner, image), self._check(image, partial(fresh.is_made, planner.store)), missing,
+            "mkfs", name, _mkfs, (planner, image), self._check(image, partial(fresh.is_made, planner.store)),
+            partial(self._missing_filesystem, image),
             setup=[*needs, *layers], task_dep=before,
         )  # fmt: skip
         yield self._task(
@@ -157,8 +159,9 @@ class Graph:
             self._layers.add(layer.ref.diff_id)
             name = short(layer.ref.diff_id)
             yield self._task(
-                "fetch", name, _fetch, (planner, plan, layer), partial(fresh.is_fetched, store, layer), missing
-            )
+                "fetch", name, _fetch, (planner, plan, layer), partial(fresh.is_fetched, store, layer), missing,
+                turn=f"fetch for {plan.image.name}",  # the first gets the blobs of all
+            )  # fmt: skip
             yield self._task(
                 "unpack", name, _unpack, (planner, plan, layer), partial(fresh.is_unpacked, store, layer), missing,
                 setup=[f"fetch:{name}"],
@@ -170,6 +173,13 @@ class Graph:
         if self._tell and image.name not in self._told:
             self._told.add(image.name)
             self._tell(image.name, why(self._planner, image))
+
+    def _missing_filesystem(self, image: ImageConfig) -> None:
+        self._missing(image)
+        from fledge_tasks.filesystems import ext4
+
+        with contextlib.suppress(FledgeError):  # mkfs will say it
+            ext4.load()  # here, and not in each worker anew
 
     def _check_resolve(self, image: ImageConfig) -> Callable[[], bool]:
         return lambda: not self._update and fresh.is_resolved(self._planner, image)
@@ -193,6 +203,7 @@ class Graph:
         setup: Iterable[str] = (),
         task_dep: Iterable[str] = (),
         clean: Iterable[Any] = (),
+        turn: str | None = None,
     ) -> Task:
         return Task(
             f"{stage}:{name}",
@@ -203,6 +214,7 @@ class Graph:
             clean=list(clean),
             subtask_of=stage,
             doc=f"{stage} {name}",
+            meta={"turn": turn},
             io={"capture": False},
         )
 

@@ -36,7 +36,7 @@ from doit.exceptions import BaseFail, DependencyError, InvalidDodoFile, TaskErro
 from doit.runner import Runner
 from doit.task import Stream, Task
 
-from fledge_tasks import interrupt, progress
+from fledge_tasks import collector, interrupt, progress
 from fledge_tasks.action import StageFailed
 from fledge_tasks.errors import FledgeError
 from fledge_tasks.interrupt import Interrupted
@@ -97,7 +97,7 @@ class SafeRunner(Runner):  # type: ignore[misc]  # doit has no types
             listener.advanced(name, done_bytes, total_bytes)
             listener.tick()
 
-        with progress.reporting(task.name, sink):
+        with progress.reporting(task.name, sink), collector.resumed():
             return super().execute_task(task)
 
 
@@ -112,7 +112,11 @@ class _Outcome(NamedTuple):
 
 
 class WorkerRunner(SafeRunner):
-    """Runs up to `num_process` tasks at once, each in a forked process of its own."""
+    """Runs up to `num_process` tasks at once, each in a forked process of its own.
+
+    Tasks with the same `meta["turn"]` run one after the other, and each is looked at when its turn
+    has come: one may have done the work of the next, which would only wait for it in a worker.
+    """
 
     def __init__(  # doit passes everything by position
         self,
@@ -126,6 +130,7 @@ class WorkerRunner(SafeRunner):
         super().__init__(dep_manager, reporter, continue_, always_execute, stream)
         self.num_process = max(1, num_process)
         self._running: dict[connection.Connection, tuple[ExecNode, BaseProcess]] = {}
+        self._held: list[ExecNode] = []
         self._channel: progress.Channel | None = None
 
     @staticmethod
@@ -150,26 +155,48 @@ class WorkerRunner(SafeRunner):
     def _run_tasks(self, dispatcher: TaskDispatcher) -> None:
         finished: deque[ExecNode] = deque()  # the dispatcher has not been told yet
         more = True
-        while more or self._running:
-            while more and not self._stop_running and len(self._running) < self.num_process:
-                try:
-                    node = dispatcher.generator.send(finished.popleft() if finished else None)
-                except StopIteration:
-                    more = False
-                    break
-                if node == "hold on":  # every other task waits for one that runs
-                    if finished:
+        while more or self._running or self._held:
+            while not self._stop_running and len(self._running) < self.num_process:
+                node = self._take_held()
+                if node is None:
+                    if not more:
+                        break
+                    try:
+                        node = dispatcher.generator.send(finished.popleft() if finished else None)
+                    except StopIteration:
+                        more = False
                         continue
-                    if not self._running:
-                        raise InvalidDodoFile("tasks wait for each other in a circle")
-                    break
+                    if node == "hold on":  # every other task waits for one that runs
+                        if finished:
+                            continue
+                        if not self._running:
+                            raise InvalidDodoFile("tasks wait for each other in a circle")
+                        break
+                    if self._is_taken(node):
+                        self._held.append(node)
+                        continue
                 if not self.select_task(node, dispatcher.tasks):
                     finished.appendleft(node)
                 elif not self._start(node):
                     finished.append(node)
-            more = more and not self._stop_running
+            if self._stop_running:
+                more = False
+                self._held.clear()
             finished.extend(self._wait())
             interrupt.check()
+
+    def _is_taken(self, node: ExecNode) -> bool:
+        """Tell whether a task of the same turn runs."""
+        turn = _turn(node.task)
+        return turn is not None and any(_turn(other.task) == turn for other, _ in self._running.values())
+
+    def _take_held(self) -> ExecNode | None:
+        """Return the first task that was held back and whose turn has come."""
+        for node in self._held:
+            if not self._is_taken(node):
+                self._held.remove(node)
+                return node
+        return None
 
     def _start(self, node: ExecNode) -> bool:
         """Start the task's worker. False: there is nothing to run in it, and the task is done."""
@@ -198,6 +225,7 @@ class WorkerRunner(SafeRunner):
             os._exit(1)
         try:
             interrupt.handle_in_worker()
+            collector.resume_in_worker()
             with progress.reporting(task.name, self._channel.send) if self._channel else contextlib.nullcontext():
                 failure = task.execute(self.stream)
             sys.stdout.flush()
@@ -248,6 +276,10 @@ class WorkerRunner(SafeRunner):
         for receiver in self._running:
             receiver.close()
         self._running.clear()
+
+
+def _turn(task: Task) -> object:
+    return (task.meta or {}).get("turn")
 
 
 def _pickled(task: Task, failure: BaseFail | None) -> bytes:

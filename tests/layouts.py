@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import shutil
@@ -127,5 +128,6 @@ class Place(Workspace):
                 pytest.raises(SystemExit) as end,
             ):
                 main()
+            gc.enable()  # a build leaves it off
             printed = [stream.buffer.getvalue().decode() for stream in (stdout, stderr)]
         return Result(int(end.value.code or 0), *printed)

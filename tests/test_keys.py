@@ -155,6 +155,19 @@ def test_every_field_is_in_the_key(record: Stage) -> None:
     assert len(set(texts)) == len(texts)
 
 
+def test_a_key_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = msgspec.structs.replace(CUSTOMIZE)
+    expected = sha256_bytes(record.text().encode())
+    asked: list[Stage] = []
+    text = Stage.text
+    monkeypatch.setattr(Stage, "text", lambda self: asked.append(self) or text(self))  # type: ignore[func-returns-value]
+    assert record.key() == record.key() == expected
+    assert len(asked) == 1
+    other = msgspec.structs.replace(record, epoch=5)
+    assert other.key() != expected, "a changed copy has its own"
+    assert record == CUSTOMIZE
+
+
 def test_stage_and_format_are_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Config(digest="x").key() != Agent(digest="x").key()
     before = Config(digest="x").key()

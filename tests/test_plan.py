@@ -21,10 +21,11 @@ from fledge_tasks.errors import (
     LockError,
     MappingError,
 )
-from fledge_tasks.oci import source
+from fledge_tasks.oci import reference, source
 from fledge_tasks.oci.reference import Reference
 from fledge_tasks.plan import ImagePlan, Planner, source_date_epoch
 from fledge_tasks.store import Store
+from fledge_tasks.tools import MKE2FS, Tool
 from tests.layers import Member, folder
 from tests.layouts import CREATED_SECONDS, Place
 from tests.tools import need
@@ -129,6 +130,21 @@ def test_a_plan_is_made_once_for_one_state_of_the_lock(place: Place) -> None:
     changed = made.plan(image)
     assert changed is not None and first is not None
     assert (changed.customize.epoch, first.customize.epoch) == (5, CREATED_SECONDS)
+
+
+def test_what_does_not_change_is_asked_once_in_a_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.add_layout("api", BASE)
+    place.build()
+    parsed: list[str] = []
+    asked: list[Tool] = []
+    parse, version = reference.parse, Tool.version
+    monkeypatch.setattr(reference, "parse", lambda text: parsed.append(text) or parse(text))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(Tool, "version", lambda self, index: asked.append(self) or version(self, index))  # type: ignore[func-returns-value]
+    result = place.build()
+    names = [image["name"] for image in result.summary["images"]]
+    assert len(names) > 1 and all(result.stages(name) == [] for name in names)
+    assert sorted(parsed) == sorted(f"oci:../layouts/{name}" for name in names)
+    assert asked == [MKE2FS]
 
 
 def test_a_local_source_is_looked_at_once_in_a_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

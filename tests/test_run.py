@@ -11,10 +11,12 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fledge_tasks.errors import CommandError, ToolError
+from fledge_tasks.interrupt import Interrupted, interruptible
 from fledge_tasks.run import PASSED, STDERR_TAIL_BYTES, package_of, run
 
 
@@ -179,6 +181,21 @@ def test_an_interrupted_call_ends_the_whole_group(tmp_path: Path, script: str, n
     finally:
         caller.kill()
         caller.wait()
+
+
+def test_a_signal_while_a_program_starts_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    start = subprocess.Popen
+
+    def start_and_signal(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(start(*arguments, **options))
+        os.kill(os.getpid(), signal.SIGTERM)  # held until the program is noted
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start_and_signal)
+    with interruptible(), pytest.raises(Interrupted):
+        run(["sleep", "100"])
+    assert started[0].returncode == -signal.SIGTERM
 
 
 def test_a_killed_caller_takes_the_program_with_it(tmp_path: Path) -> None:

@@ -236,6 +236,43 @@ def test_jobs_run_at_once_and_no_more_than_allowed(tmp_path: Path) -> None:
 
 
 @JOBS
+def test_what_takes_turns_is_looked_at_when_its_turn_has_come(jobs: int, tmp_path: Path) -> None:
+    def fetch() -> None:
+        if jobs > 1:
+            while not (tmp_path / "other").exists():  # it gets the second worker, in which `late` does not wait
+                time.sleep(0.01)
+        append(tmp_path / "fetched", "x")
+
+    def is_fetched(*_: object) -> bool:
+        return (tmp_path / "fetched").exists()
+
+    def turn(name: str, action: Callable[[], None], uptodate: Callable[..., bool]) -> Task:
+        return Task(name, [action], uptodate=[uptodate], meta={"turn": "fetch"})
+
+    tasks = [
+        turn("first", fetch, is_fetched),
+        turn("late", fetch, is_fetched),
+        turn("last", lambda: append(tmp_path / "fetched", "y"), lambda *_: False),
+        Task("other", [lambda: append(tmp_path / "other", "x")], uptodate=[False]),
+        Task("end", [lambda: append(tmp_path / "end", "x")], uptodate=[False], task_dep=["late", "last"]),
+    ]
+    outcome = run_tasks(min(jobs, 2), *tasks)
+    assert status(outcome) == {
+        "first": "built", "late": "hit", "last": "built", "other": "built", "end": "built",
+    }  # fmt: skip
+    assert (tmp_path / "fetched").read_text().split() == ["x", "y"]
+
+
+def test_a_failure_lets_the_next_have_its_turn() -> None:
+    def bad() -> None:
+        raise FledgeError("mine")
+
+    tasks = [Task(name, [StageAction(bad)], uptodate=[False], meta={"turn": "t"}) for name in "abc"]
+    assert status(run_tasks(2, *tasks)) == dict.fromkeys("abc", "failed")
+    assert status(run_tasks(2, *tasks, keep_going=False)) == {"a": "failed"}
+
+
+@JOBS
 def test_one_failure_does_not_stop_the_others(jobs: int) -> None:
     tasks = [task("a", fail, FledgeError("no")), task("b"), task("c", needs=["b"])]
     assert status(run_tasks(jobs, *tasks)) == {"a": "failed", "b": "built", "c": "built"}

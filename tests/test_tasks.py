@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from fledge_tasks import stages
 from fledge_tasks.digest import short
+from fledge_tasks.filesystems import libext2fs
 from fledge_tasks.keys import Unpack
 from fledge_tasks.lock import LockFile
 from fledge_tasks.store import Store
@@ -80,6 +82,22 @@ def test_cold_then_nothing_changed(place: Place, jobs: tuple[str, str]) -> None:
     assert again.stages("web", "not-needed") == ["resolve", "fetch", "fetch", "unpack", "unpack", "mkfs"]
     assert place.output("web").stat() == before
     assert again.image("web")["sha256"] == cold.image("web")["sha256"]
+
+
+def test_libext2fs_is_loaded_once_for_all_workers(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.build("-j", "1")
+    libext2fs._library.cache_clear()
+    assert place.build("-j", "2").stages("web") == []
+    assert libext2fs._library.cache_info().currsize == 0, "a build that makes no filesystem does not need it"
+    shutil.rmtree(place.root / "build")
+    assert place.build("-j", "2").stages("web") == ["assemble", "manifest"]
+    assert libext2fs._library.cache_info().currsize == 0
+    edit(place, "size_buffer_mb = 1", "size_buffer_mb = 2")
+    loaded: list[int] = []
+    monkeypatch.setattr(stages, "mkfs", lambda *_: loaded.append(1))
+    place.fledge("build", "-j", "2")
+    assert loaded == [], "it ran in a worker"
+    assert libext2fs._library.cache_info().misses == 1, "this process has it, for that and all further workers"
 
 
 def test_one_layer_twice_is_one_task(place: Place) -> None:

@@ -7,7 +7,7 @@ import time
 import click
 import msgspec
 
-from fledge_tasks import runner
+from fledge_tasks import collector, runner
 from fledge_tasks.cli.context import Context, jobs_option, names_argument
 from fledge_tasks.cli.report import Report, make_report
 from fledge_tasks.cli.view import make_view, show_report
@@ -23,6 +23,7 @@ from fledge_tasks.tasks import Graph, Loader
 @click.pass_obj
 def build(context: Context, *, names: tuple[str, ...], jobs: int, locked: bool, offline: bool, as_json: bool) -> int:
     """Build images, by default all of the workspace. What is up to date does not run."""
+    collector.retire()
     started = time.monotonic()
     planner = context.planner(locked=locked, offline=offline)
     images = planner.workspace.select(names)

@@ -59,6 +59,9 @@ class _Item:
     blocks: list[bytes] = field(default_factory=list)
 
 
+load = libext2fs.load  # what takes its time when the first filesystem is made
+
+
 def make(root: Inode, parameters: Parameters, image: Path, scratch: Path) -> Filled:
     """Make the filesystem in the new file `image`, which is sparse: file data is left as holes.
 

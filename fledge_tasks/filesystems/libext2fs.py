@@ -129,6 +129,11 @@ def _library() -> tuple[Any, Any]:
     return ffi, (library, lambda code: com_err.string(messages.error_message(code)).decode())
 
 
+def load() -> None:
+    """Load the library into this process and all that fork from it: it takes its time. Raises ToolError."""
+    _library()
+
+
 def version() -> str:
     """Return the version of the library, for example '1.47.0'. Raises ToolError."""
     ffi, (library, _) = _library()
