@@ -70,6 +70,7 @@ class Index:
         self._folder = folder
         self._cache: Any = None
         self._owner = 0
+        self._inherited: list[Any] = []
 
     def get(self, name: str) -> Any:
         """Return the value or None."""
@@ -125,11 +126,14 @@ class Index:
         if self._cache is not None and self._owner == os.getpid():
             with contextlib.suppress(*_FAILURES):
                 self._cache.close()
-        self._cache, self._owner = None, 0
+            self._cache, self._owner = None, 0
 
     def _open(self) -> Any:
         if self._owner == os.getpid():
             return self._cache
+        if self._cache is not None:
+            # SQLite must not even close a connection that came across a fork (sqlite.org/howtocorrupt.html, 2.6).
+            self._inherited.append(self._cache)
         self._owner = os.getpid()
         try:
             self._cache = self._create()
