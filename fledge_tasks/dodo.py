@@ -74,9 +74,11 @@ def _end(graph: Graph, store: Store, owner: int) -> None:
     if os.getpid() != owner:
         return
     try:
-        if SafeRunner.has_run:  # `doit list` and `doit info` ask the same questions, and use nothing
-            graph.record()
-        store.close()
+        try:
+            if SafeRunner.has_run:  # `doit list` and `doit info` ask the same questions, and use nothing
+                graph.record()
+        finally:
+            store.close()
     except (Exception, KeyboardInterrupt) as error:
         # What was built is built, and doit has said so: nothing here is worth a traceback behind it.
         sys.stderr.write(f"warning: what this run used was not noted: {error!r}\n")

@@ -36,8 +36,9 @@ def documented(place: DodoPlace, backend: str) -> None:
     (place.root / "build").mkdir(exist_ok=True)
 
 
-@pytest.mark.parametrize("backend", ["json", "sqlite3", "dbm"])
-@two_modes
+@pytest.mark.parametrize(
+    ("backend", "mode"), [("json", ()), ("json", ("-n", "4")), ("sqlite3", ("-n", "4")), ("dbm", ())]
+)
 def test_tasks_of_the_user_beside_ours(place: DodoPlace, mode: tuple[str, ...], backend: str) -> None:
     """One makes a file that is mapped into an image, another uses the image."""
     documented(place, backend)
@@ -127,10 +128,9 @@ def test_a_run_is_noted_once(place: DodoPlace, mode: tuple[str, ...]) -> None:
 
 def test_questions_are_not_noted(place: DodoPlace) -> None:
     def ask() -> None:
-        for command in (("list",), ("list", "--all", "-s"), ("clean", "-n"), ("forget",), ("reset-dep",)):
+        for command in (("list", "--all", "-s"), ("clean", "-n"), ("reset-dep",)):
             place.doit(*command)
         end(place.start("info", "manifest:web"))
-        end(place.start("info", "nothing"))
 
     ask()
     assert noted(place) == (0, 0)
@@ -199,5 +199,6 @@ Type "-m list" to see available tasks.
 def test_an_index_that_cannot_be_used(place: DodoPlace, damage: Callable[[Path], Any]) -> None:
     (place.root / "cache" / "index").mkdir(parents=True)
     damage(place.root / "cache" / "index" / "cache.db")
-    assert place.doit("build:api").began >= {"manifest:api"}
-    assert place.doit("-n", "2", "build:api").ran == set()
+    # diskcache does not close a database that it could not open; Python 3.13 says so, if it is asked to.
+    assert place.doit("build:api", env=QUIET).began >= {"manifest:api"}
+    assert place.doit("-n", "2", "build:api", env=QUIET).ran == set()
