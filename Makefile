@@ -1,4 +1,5 @@
-# make demo | test | lint | bench | bench-monorepo | fuzz | setup | clean.  PYTHON chooses the interpreter, 3.11 or later.
+# make demo | test | test-pythons | lint | bench | bench-monorepo | fuzz | setup | clean.
+# PYTHON chooses the interpreter, 3.11 or later.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,10 +11,17 @@ TEST_TOOLS := $(DEMO_TOOLS) umoci:umoci buildah:buildah mmdebstrap:mmdebstrap do
 	dockerd:docker.io setpriv:util-linux zstd:zstd faketime:faketime mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs \
 	/usr/share/keyrings/debian-archive-keyring.gpg:debian-archive-keyring
 
+# Each Python of pyenv and of the PATH from 3.11 on, and the tests that depend on it; PYTHONS chooses others.
+PYENV_ROOT ?= $(HOME)/.pyenv
+VERSIONS := 3.11 3.12 3.13 3.14
+PYTHONS ?= $(foreach version,$(VERSIONS),$(or $(lastword $(wildcard $(PYENV_ROOT)/versions/$(version).*/bin/python3)), \
+	$(shell PATH="$(subst $(PYENV_ROOT)/shims,,$(PATH))" command -v python$(version))))
+PYTHONS_TESTS ?= --ignore tests/real tests
+
 # Everything in test and bench that mounts an image or starts a daemon needs root.
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),$(shell command -v sudo))
 
-.PHONY: demo test lint bench bench-monorepo fuzz setup clean demo-tools test-tools python
+.PHONY: demo test test-pythons lint bench bench-monorepo fuzz setup clean demo-tools test-tools python
 .DEFAULT_GOAL := demo
 
 demo: setup demo-tools $(HELLO)/layouts/hello
@@ -25,6 +33,16 @@ demo: setup demo-tools $(HELLO)/layouts/hello
 
 test: setup test-tools
 	$(AS_ROOT) env FLEDGE_REQUIRE_TOOLS=1 $(BIN)/python -m pytest
+
+test-pythons: test-tools
+	@failed=; for python in $(PYTHONS); do \
+		version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])') || exit 1; \
+		echo "== Python $$version: $$python"; \
+		test .venv-$$version/.stamp -nt pyproject.toml || { $$python -m venv .venv-$$version && \
+			.venv-$$version/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]' && \
+			touch .venv-$$version/.stamp; } && \
+		env FLEDGE_REQUIRE_TOOLS=1 .venv-$$version/bin/python -m pytest $(PYTHONS_TESTS) || failed="$$failed $$version"; \
+	done; test -z "$$failed" || { echo "error: failed with Python$$failed" >&2; exit 1; }
 
 lint: setup
 	$(BIN)/ruff format --check
@@ -47,7 +65,7 @@ fuzz: setup
 setup: python $(VENV)/.stamp
 
 clean:
-	rm -rf $(VENV) build .fuzz .real-cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-* build .fuzz .real-cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 	rm -rf $(addprefix examples/*/,build cache layouts fledge.lock)
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

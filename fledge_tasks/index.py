@@ -80,6 +80,7 @@ class Index:
         self._cache: Any = None
         self._owner = 0
         self._seen = 0
+        self._inherited: list[Any] = []
 
     def get(self, name: str) -> Any:
         """Return the value or None."""
@@ -130,12 +131,15 @@ class Index:
         if self._cache is not None and self._owner == os.getpid():
             with contextlib.suppress(*_FAILURES):
                 self._cache.close()
-        self._cache, self._owner = None, 0
+            self._cache, self._owner = None, 0
 
     @contextlib.contextmanager
     def _using(self) -> Iterator[Any]:
         """Yield the database, None if there is none to be had; a failure of the block is a miss."""
         if self._owner != os.getpid():
+            if self._cache is not None:
+                # SQLite must not even close a connection that came across a fork (sqlite.org/howtocorrupt.html, 2.6).
+                self._inherited.append(self._cache)
             self._owner, self._cache = os.getpid(), None
             with self._guarded():
                 self._open()

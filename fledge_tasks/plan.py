@@ -215,6 +215,11 @@ class Planner:
         """Look at the image's local source again: it was just resolved."""
         self._identities.pop(self.lock_name(image), None)
 
+    def reread(self, image: ImageConfig) -> None:
+        """Look at the image's mapped files and agent again: they were just made."""
+        self._plans.pop(image.name, None)
+        self._expanded.pop(image.name, None)
+
     def check(self, images: Iterable[ImageConfig]) -> None:
         """Find what makes a build of these images impossible before anything is started.
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from doit import cmd_run
-from doit.cmd_base import Command, TaskLoader2
+from doit.cmd_base import Command, TaskLoader2, check_tasks_exist
+from doit.cmd_info import Info
 from doit.control import TaskControl
 from doit.dependency import Dependency
 from doit.exceptions import InvalidCommand, InvalidDodoFile, InvalidTask
@@ -21,6 +22,7 @@ from doit.task import Stream
 from fledge_tasks.errors import FledgeError, InputError
 from fledge_tasks.interrupt import interruptible
 from fledge_tasks.reporter import Listener, Reporter, TaskResult
+from fledge_tasks.shapes import suggestion
 from fledge_tasks.workers import SafeRunner, WorkerRunner
 
 
@@ -38,7 +40,9 @@ class MemoryDB:
         self._state: dict[str, dict[str, Any]] = {}
 
     def set(self, task_id: str, dependency: str, value: object) -> None:
-        """Remember a value of a task."""
+        """Remember a value of a task. Raises InvalidCommand for `doit ignore`, which asks for more than that."""
+        if dependency == "ignore:":
+            raise InvalidCommand(f"{task_id} cannot be ignored: nothing is kept for the next run")
         self._state.setdefault(task_id, {})[dependency] = value
 
     def get(self, task_id: str, dependency: str) -> Any:
@@ -62,12 +66,43 @@ class MemoryDB:
 
 
 def harden() -> None:
-    """Make `doit run` in this process use the runners above, for every `-n` and `-P`. Idempotent.
+    """Make `doit` in this process use the runners above, for every `-n` and `-P`. Idempotent.
 
     `-P thread` runs processes too: a thread cannot be ended, and doit mixes up the output of threads.
+    For an unknown task `doit run` says what may have been meant, and `doit info` no longer crashes.
     """
     cmd_run.Runner = SafeRunner
     cmd_run.MRunner = cmd_run.MThreadRunner = WorkerRunner
+    TaskControl.process = _process
+    Info._execute = _info
+
+
+class _UnknownTaskError(InvalidCommand):  # type: ignore[misc]  # doit has no types
+    """What doit says of an unknown task, and a hint."""
+
+    def __init__(self, name: str, hint: str) -> None:
+        super().__init__(not_found=name)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{super().__str__().rstrip()}\n  hint: {self.hint}"
+
+
+_doit_process, _doit_info = TaskControl.process, Info._execute
+
+
+def _process(self: TaskControl, task_selection: Sequence[str] | None) -> None:
+    try:
+        _doit_process(self, task_selection)
+    except InvalidCommand as error:
+        if hint := suggestion(error.not_found, [name for name in self.tasks if not name.startswith("_")]):
+            raise _UnknownTaskError(error.not_found, hint) from None
+        raise
+
+
+def _info(self: Info, pos_args: Sequence[str], hide_status: bool = False) -> int:  # doit looks at the names
+    check_tasks_exist({task.name for task in self.task_list}, pos_args)
+    return int(_doit_info(self, pos_args, hide_status))
 
 
 class _RunCommand(Command):  # type: ignore[misc]  # doit has no types

@@ -16,13 +16,14 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from doit.cmd_base import TaskLoader2
 from doit.task import DelayedLoader, Task
 
 from fledge_tasks import fresh, output, usage
-from fledge_tasks.action import StageAction
+from fledge_tasks.action import StageAction, StageFailed
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.digest import short
 from fledge_tasks.errors import FledgeError
@@ -57,6 +58,9 @@ class _Fresh:
         self._missing = missing
         self._missed = missed
 
+    def __repr__(self) -> str:
+        return "cache and results: `fledge explain` tells"  # what `doit info` shows of a task that has to run
+
     def __call__(self, task: Task, values: object) -> bool:
         del values
         self._missed[task.name] = True
@@ -74,13 +78,20 @@ class Graph:
     """Makes the tasks of the planner's workspace.
 
     `update` is that of `resolve`; `tell` is told, once for each image that is not up to date, its
-    name and in one line why.
+    name and in one line why. `after` are tasks of somebody else that make files which images need:
+    they run before anything of an image is looked at.
     """
 
     def __init__(
-        self, planner: Planner, *, update: bool = False, tell: Callable[[str, str], None] | None = None
+        self,
+        planner: Planner,
+        *,
+        update: bool = False,
+        tell: Callable[[str, str], None] | None = None,
+        after: Iterable[str] = (),
     ) -> None:
         self._planner = planner
+        self._after = tuple(after)
         self._update = update
         self._tell = tell
         self._told: set[str] = set()
@@ -101,7 +112,7 @@ class Graph:
                 tasks.extend(self._image(image))
         groups = []
         for stage in (*STAGES, "build"):
-            members = [task.name for task in tasks if task.subtask_of == stage]
+            members = [task.name for task in tasks if task.subtask_of == stage or task.name.startswith(f"_{stage}:")]
             groups.append(Task(stage, None, task_dep=members, has_subtask=True, doc=_DOCS[stage]))
         return groups + tasks
 
@@ -113,14 +124,17 @@ class Graph:
             plan = None  # whoever runs a task of this image is told
         missing = partial(self._missing, image)
         check = self._check_resolve(image)
-        yield self._task("resolve", name, _resolve, (planner, image, self._update), check, missing)
+        after = [f"_files:{name}"] if self._after else []
+        for task in after:
+            yield Task(task, None, uptodate=[partial(self._reread, image)], task_dep=self._after)
+        yield self._task(
+            "resolve", name, _resolve, (planner, image, self._update), check, missing, task_dep=after
+        )  # fmt: skip
         if plan is None:
-            late = f"_layers:{name}"  # hidden from `doit list`
-            loader = DelayedLoader(partial(self._late, image, late), executed=f"resolve:{name}")
-            yield Task(late, None, loader=loader)
-            before, layers = [f"resolve:{name}"], [late]
+            yield from self._late_tasks(image)
+            before, layers = [*after, f"resolve:{name}"], [f"_layers:{name}"]
         else:
-            before, layers = [], [f"unpack:{short(layer.ref.diff_id)}" for layer in dict.fromkeys(plan.layers)]
+            before, layers = after, [f"unpack:{short(layer.ref.diff_id)}" for layer in dict.fromkeys(plan.layers)]
             yield from self._layer_tasks(plan)
         needs = [f"resolve:{name}"] if plan else []
         yield self._task(
@@ -131,23 +145,38 @@ class Graph:
         yield self._task(
             "assemble", name, _assemble, (planner, image), self._check(image, _is_assembled), missing,
             setup=[f"mkfs:{name}", *layers], task_dep=before,
-            clean=[(output.remove, [planner.workspace.output(image)])],
+            clean=[(_remove, [planner.workspace.output(image)])],
         )  # fmt: skip
         yield self._task(
             "manifest", name, _manifest, (planner, image), self._check(image, _is_described), missing,
             setup=needs, task_dep=[f"assemble:{name}"],
-            clean=[(output.remove, [planner.workspace.manifest_output(image)])],
+            clean=[(_remove, [planner.workspace.manifest_output(image)])],
         )  # fmt: skip
         yield Task(f"build:{name}", None, task_dep=[f"manifest:{name}"], subtask_of="build", doc=f"build {name}")
 
-    def _late(self, image: ImageConfig, name: str) -> Iterator[Task]:
+    def _late_tasks(self, image: ImageConfig) -> Iterator[Task]:
+        """Yield what stands for the layers of an image until it is resolved; `doit list` hides these names.
+
+        `_fetch` and `_unpack` are members of the groups of these names.
+        """
+        for stage in ("layers", "fetch", "unpack"):
+            name = f"_{stage}:{image.name}"
+            loader = DelayedLoader(partial(self._late, image, name, stage), executed=f"resolve:{image.name}")
+            yield Task(name, None, loader=loader)
+
+    def _late(self, image: ImageConfig, name: str, stage: str) -> Iterator[Task]:
         try:
             plan = self._planner.plan(image)
         except FledgeError:
-            plan = None  # mkfs will say it
-        names = [f"unpack:{short(layer.ref.diff_id)}" for layer in dict.fromkeys(plan.layers)] if plan else []
-        if plan:
-            yield from self._layer_tasks(plan)
+            plan = None
+        if plan is None:
+            # Of an image that is built, mkfs will say it.
+            says_it = [] if stage == "layers" else [(StageAction(_unplanned, (self._planner, image)),)]
+            yield Task(name, says_it or None, has_subtask=not says_it)
+            return
+        yield from self._layer_tasks(plan)
+        of = "unpack" if stage == "layers" else stage
+        names = [f"{of}:{short(layer.ref.diff_id)}" for layer in dict.fromkeys(plan.layers)]
         yield Task(name, None, task_dep=names, has_subtask=True)
 
     def _layer_tasks(self, plan: ImagePlan) -> Iterator[Task]:
@@ -166,6 +195,10 @@ class Graph:
                 "unpack", name, _unpack, (planner, plan, layer), partial(fresh.is_unpacked, store, layer), missing,
                 setup=[f"fetch:{name}"],
             )  # fmt: skip
+
+    def _reread(self, image: ImageConfig, task: Task, values: Values) -> bool:  # noqa: ARG002  # doit looks at the names
+        self._planner.reread(image)
+        return False
 
     def _missing(self, image: ImageConfig) -> None:
         """Prepare for running a task of an image, before anything that stands behind it is looked for, and found."""
@@ -246,6 +279,12 @@ def _plan(planner: Planner, image: ImageConfig) -> ImagePlan:
     return plan
 
 
+def _unplanned(planner: Planner, image: ImageConfig) -> Values:
+    """Raise why an image has no plan though it was resolved."""
+    _plan(planner, image)
+    return {}
+
+
 # What builds is imported when something has to be built: it takes longer than a build that does nothing.
 
 
@@ -283,6 +322,15 @@ def _manifest(planner: Planner, image: ImageConfig) -> Values:
     from fledge_tasks import stages
 
     return stages.write_manifest(planner, _plan(planner, image))
+
+
+def _remove(path: Path) -> StageFailed | None:
+    """Clean: doit takes False for a failure, and shows what is raised with its traceback."""
+    try:
+        output.remove(path)
+    except OSError as error:
+        return StageFailed(FledgeError(str(error)))
+    return None
 
 
 def _is_assembled(plan: ImagePlan) -> bool:

@@ -50,7 +50,9 @@ _fork = multiprocessing.get_context("fork")
 
 
 class SafeRunner(Runner):  # type: ignore[misc]  # doit has no types
-    """doit's serial runner, hardened."""
+    """doit's serial runner, hardened. `has_run` tells whether one was started in this process."""
+
+    has_run = False
 
     def run_all(self, task_dispatcher: TaskDispatcher) -> int:
         """Run everything. Raises Interrupted, or FledgeError of a late task creator.
@@ -58,6 +60,7 @@ class SafeRunner(Runner):  # type: ignore[misc]  # doit has no types
         When nobody else handles signals, that is in a bare `doit`, both end the way doit ends: a
         signal is SystemExit with 128 plus its number, an error is shown without a traceback.
         """
+        SafeRunner.has_run = True
         with interrupt.interruptible() as bare:
             try:
                 return int(super().run_all(task_dispatcher))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import shutil
 import sqlite3
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +76,19 @@ def test_writes_together_are_kept_whatever_happens(index: Index) -> None:
         index.set("b", 2)
     index.close()
     assert (index.get("a"), index.get("b")) == (1, 2)
+
+
+def test_a_forked_process_does_not_close_what_it_inherited(index: Index) -> None:
+    index.set("a", 1)
+    inherited = weakref.ref(index._cache)
+    child = os.fork()
+    if child == 0:
+        found = index.get("a")
+        index.close()
+        gc.collect()
+        os._exit(0 if found == 1 and inherited() is not None else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert index.get("a") == 1
 
 
 def test_a_forked_process_opens_its_own(index: Index) -> None:
