@@ -195,10 +195,20 @@ Type "-m list" to see available tasks.
 """
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"no database"), lambda path: path.mkdir()])
-def test_an_index_that_cannot_be_used(place: DodoPlace, damage: Callable[[Path], Any]) -> None:
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (
+            lambda path: path.write_bytes(b"no database"),
+            "is damaged (file is not a database); set aside, and a new one begun",
+        ),
+        (lambda path: path.mkdir(), None),
+    ],
+)
+def test_an_index_that_cannot_be_used(place: DodoPlace, damage: Callable[[Path], Any], told: str | None) -> None:
     (place.root / "cache" / "index").mkdir(parents=True)
     damage(place.root / "cache" / "index" / "cache.db")
     # diskcache does not close a database that it could not open; Python 3.13 says so, if it is asked to.
-    assert place.doit("build:api", env=QUIET).began >= {"manifest:api"}
+    err = f"{place.root}/cache/index: {told}\n" if told else ""
+    assert place.doit("build:api", env=QUIET, err=err).began >= {"manifest:api"}
     assert place.doit("-n", "2", "build:api", env=QUIET).ran == set()
