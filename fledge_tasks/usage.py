@@ -160,11 +160,14 @@ def _made(store: Store, planner: Planner, plan: ImagePlan, now: int) -> Made:
 
 
 def _tasks(plan: ImagePlan) -> Iterator[tuple[str, Digest | None]]:
-    """Yield the tasks of an image with the keys of their entries, where they have one that stays."""
+    """Yield the tasks of an image with the keys of their entries, where they have one that stays.
+
+    Fetches are left out: their cost is with the layers, and which of them has to run is a matter of
+    chance, since one connection serves all layers of an image.
+    """
     name = plan.image.name
     yield f"resolve:{name}", plan.config.key()
     for layer in dict.fromkeys(plan.layers):
-        yield f"fetch:{short(layer.ref.diff_id)}", None
         yield f"unpack:{short(layer.ref.diff_id)}", layer.unpack_key
     yield f"mkfs:{name}", plan.mkfs.key()
     yield f"assemble:{name}", plan.assemble.key()

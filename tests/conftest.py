@@ -18,3 +18,5 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 def pytest_configure() -> None:
     # Servers and mounts that fixtures made would outlive a run that SIGTERM ends at once.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A shell without job control has what it runs in the background ignore SIGINT, and programs inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
