@@ -7,7 +7,6 @@ Nothing is built here, and nothing is written but the index.
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import uuid
@@ -22,6 +21,7 @@ from fledge_tasks import agent
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.digest import Digest
 from fledge_tasks.errors import AgentError, FilesystemError, FledgeError, InputError, LockError
+from fledge_tasks.filesystems import possible
 from fledge_tasks.index import FileDigests
 from fledge_tasks.keys import Agent, Assemble, Blob, Config, Content, Customize, Manifest, Mkfs, Unpack
 from fledge_tasks.lock import LockedAgent, LockedImage, LockFile
@@ -31,7 +31,6 @@ from fledge_tasks.oci.limits import Limits
 from fledge_tasks.oci.manifest import LayerRef
 from fledge_tasks.oci.reference import Reference
 from fledge_tasks.store import Store
-from fledge_tasks.tools import MKE2FS
 from fledge_tasks.workspace import Workspace
 
 EPOCH_VARIABLE = "SOURCE_DATE_EPOCH"
@@ -112,13 +111,17 @@ class Planner:
         self.limits = _limits(workspace)
         self._references: dict[str, Reference] = {}
         self._lock_names: dict[str, str] = {}
+        self._makers: dict[str, str] = {}
+        self._obstacles: dict[str, FilesystemError | None] = {}
         self._plans: dict[str, tuple[LockedImage, LockedAgent | None, ImagePlan]] = {}
         self._identities: dict[str, str | FledgeError | None] = {}
         self._expanded: dict[str, tuple[list[MappedFile], dict[str, Path]]] = {}
 
-    @functools.cached_property
-    def _mke2fs_version(self) -> str:
-        return MKE2FS.version(self.store.index)
+    def _maker(self, kind: str) -> str:
+        """Return package and version of what makes a type of filesystem; asked once."""
+        if kind not in self._makers:
+            self._makers[kind] = possible.made_by(kind, self.store.index)
+        return self._makers[kind]
 
     def reference(self, image: ImageConfig) -> Reference:
         """Return the parsed reference. Raises InputError that names file and key."""
@@ -236,7 +239,7 @@ class Planner:
                     self.reference(image)
                     self._mapped(image)
                     self._local_agent(image)
-                    _check_type(image)
+                    self._check_type(image)
                     if self.locked and (reason := self.unresolved(image)):
                         missing.append(f"{image.name}: {reason}")
                 except FledgeError as error:
@@ -250,6 +253,17 @@ class Planner:
             raise LockError(
                 "\n".join(missing), where=str(self.workspace.lock), hint="run `fledge lock` without --locked"
             )
+
+    def _check_type(self, image: ImageConfig) -> None:
+        """Raise FilesystemError when the image's filesystem would have to be made and cannot be made here."""
+        kind = image.filesystem.type
+        if kind not in self._obstacles:
+            self._obstacles[kind] = possible.obstacle(kind)
+        error = self._obstacles[kind]
+        if error is not None:
+            plan = self.plan(image)
+            if plan is None or self.store.find(plan.mkfs.key()) is None:
+                raise FilesystemError(error.message, where=f"{image.file}: filesystem.type", hint=error.hint)
 
     def _mapped(self, image: ImageConfig) -> tuple[list[MappedFile], dict[str, Path]]:
         """Return what the mappings bring; once, so that one build sees one state of the files."""
@@ -284,7 +298,6 @@ class Planner:
         return path, digest
 
     def _make(self, image: ImageConfig, entry: LockedImage, pinned: LockedAgent | None) -> ImagePlan:
-        _check_type(image)
         mapped, sources = self._mapped(image)
         agent_path, agent_digest = self._local_agent(image)
         agent_key: Agent | None = None
@@ -312,7 +325,7 @@ class Planner:
             buffer_mib=image.filesystem.size_buffer_mb,
             epoch=customize.epoch,
             uuid=str(uuid.UUID(hex=content.key()[7 : 7 + 32], version=4)),
-            tools=(f"e2fsprogs {self._mke2fs_version}",),
+            tools=(self._maker(kind),),
         )
         return ImagePlan(
             image=image,
@@ -339,14 +352,6 @@ def _limits(workspace: Workspace) -> Limits:
         entries=max(limits.entries for limits in each),
         ratio=max(limits.ratio for limits in each),
     )
-
-
-def _check_type(image: ImageConfig) -> None:
-    if image.filesystem.type != "ext4":
-        raise FilesystemError(
-            f"{image.filesystem.type} images cannot be made by this version, ext4 ones can",
-            where=f"{image.file}: filesystem.type",
-        )
 
 
 def source_date_epoch() -> int | None:

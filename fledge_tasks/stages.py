@@ -22,7 +22,8 @@ from fledge_tasks import agent, collector, fsutil, manifest, mappings, output
 from fledge_tasks.assemble import assemble as assemble_image
 from fledge_tasks.digest import sha256_bytes, short
 from fledge_tasks.errors import BlobError, StoreError
-from fledge_tasks.filesystems import ext4, ext4_size, skeleton
+from fledge_tasks.filesystems import backend, possible, skeleton
+from fledge_tasks.filesystems.parameters import Parameters
 from fledge_tasks.fresh import is_assembled, is_fetched
 from fledge_tasks.keys import Stage
 from fledge_tasks.oci import source
@@ -171,10 +172,13 @@ def mkfs(planner: Planner, plan: ImagePlan) -> Values:
         customization = _customize(store, plan)
         if store.find(key) is not None:
             return HIT
-        root = merged(plan, [*_unpacked(store, plan), customization])
+        sources = [*_unpacked(store, plan), customization]
+        root = merged(plan, sources)
+        possible.check(plan.mkfs.type)
         with store.staging(key) as folder, store.staging(key) as scratch:
             image = scratch / "image"
-            filled = ext4.make(root, _parameters(plan), image, scratch)
+            payloads = {number: entry.file(PAYLOAD) for number, entry in enumerate(sources)}
+            filled = backend(plan.mkfs.type).make(root, _parameters(plan), payloads, image, scratch)
             made = skeleton.save(image, filled.extents, folder / SKELETON, folder / MAP)
             info = {"image_bytes": made.image_bytes, "free_bytes": filled.free_bytes, "free_inodes": filled.free_inodes}
             entry = _publish(store, plan.mkfs, folder, info=info)
@@ -199,9 +203,9 @@ def sources_of(store: Store, plan: ImagePlan) -> list[Entry]:
     return [*_unpacked(store, plan), customization]
 
 
-def _parameters(plan: ImagePlan) -> ext4_size.Parameters:
+def _parameters(plan: ImagePlan) -> Parameters:
     identity = uuid.UUID(plan.mkfs.uuid)
-    return ext4_size.Parameters(
+    return Parameters(
         uuid=identity.bytes,
         hash_seed=uuid.uuid5(identity, "hash seed").bytes,
         epoch=plan.mkfs.epoch,

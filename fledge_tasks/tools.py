@@ -58,5 +58,8 @@ class Tool:
 SKOPEO = Tool("skopeo", ("--version",))
 MKE2FS = Tool("mke2fs", ("-V",))
 E2FSCK = Tool("e2fsck", ("-V",))
+XFS_GROWFS = Tool("xfs_growfs", ("-V",))
+BTRFS = Tool("btrfs", ("--version",))
+BTRFSTUNE = Tool("btrfstune", ("--version",))
 MKFS_XFS = Tool("mkfs.xfs", ("-V",))
 MKFS_BTRFS = Tool("mkfs.btrfs", ("-V",))

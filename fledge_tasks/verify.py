@@ -1,6 +1,7 @@
 """Does a finished image hold what it should? Read back, and compared entry by entry.
 
-The image is read as others read it: by e2fsck, and through libext2fs. What it should hold is the
+The image is read as others read it: ext4 by e2fsck and through libext2fs; xfs and btrfs, as root, by
+their own checkers and by Linux. What it should hold is the
 merged tree of its layers, whose file data is in the payloads. What is wrong with an image is a
 value here, never an error.
 """
@@ -12,18 +13,17 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from fledge_tasks.digest import sha256_file
 from fledge_tasks.errors import CommandError, FilesystemError
-from fledge_tasks.filesystems import ext4, ext4_inode, ext4_read
-from fledge_tasks.filesystems.ext4_read import BLOCK_BYTES, Ext4Image, Found
+from fledge_tasks.filesystems import ext4, ext4_inode, ext4_read, mounted_read
+from fledge_tasks.filesystems.ext4_read import BLOCK_BYTES, Found
 from fledge_tasks.filesystems.libext2fs import Extent
-from fledge_tasks.oci.layer_index import Entry, Kind, Run
+from fledge_tasks.oci.layer_index import Entry, Kind, Run, file_runs
 from fledge_tasks.run import run
-from fledge_tasks.tools import E2FSCK
 from fledge_tasks.tree import Inode
 
 _CHUNK_BLOCKS = 256
@@ -31,7 +31,18 @@ _CHATTER = re.compile(
     r"^Pass \d|^e2fsck \d|Filesystem still has errors|\d+/\d+ files|^The superblock could not be read|^filesystem[. ]|"
     r"^is corrupt, and|^ *or$|e2fsck -b \d"
 )
+_CHECKERS = {"ext4": ("e2fsck", "-fn"), "xfs": ("xfs_repair", "-n", "-f"), "btrfs": ("btrfs", "check", "--readonly")}
 _ZERO = bytes(_CHUNK_BLOCKS * BLOCK_BYTES)
+
+
+class FoundImage(Protocol):
+    """An image that is open for reading: see `ext4_read.Ext4Image`."""
+
+    root: int
+
+    def inode(self, number: int) -> Found: ...
+    def names(self, number: int) -> dict[bytes, tuple[int, Kind]]: ...
+    def blocks(self, found: Found, extent: Extent, start: int, count: int) -> bytes: ...
 
 
 class Difference(NamedTuple):
@@ -56,28 +67,32 @@ def check_manifest(image: Path, manifest: Path) -> Iterator[Difference]:
         yield Difference("", f"the checksum is {found}, and should be {checksum}, says {manifest}")
 
 
-def check_structure(image: Path) -> Iterator[Difference]:
-    """Yield what `e2fsck -fn` finds wrong. Raises ToolError when it is not installed."""
+def check_structure(image: Path, kind: str = "ext4") -> Iterator[Difference]:
+    """Yield what the checker of a type of filesystem finds wrong. Raises ToolError when it is not installed."""
+    checker = _CHECKERS[kind]
     try:
-        run([E2FSCK.name, "-fn", image])
+        run([*checker, image])
     except CommandError as error:
         lines = (error.output.decode(errors="replace") + error.stderr).splitlines()
         found = [line.strip() for line in lines if line.strip() and not _CHATTER.search(line)]
         for line in found or [error.message]:
-            yield Difference("", f"e2fsck: {line}")
+            yield Difference("", f"{checker[0]}: {line}")
 
 
-def compare_tree(image: Path, root: Inode, payloads: Mapping[int, Path], epoch: int) -> Iterator[Difference]:
+def compare_tree(
+    image: Path, root: Inode, payloads: Mapping[int, Path], epoch: int, kind: str = "ext4"
+) -> Iterator[Difference]:
     """Yield each difference between an image and the tree that it was made from.
 
     `payloads` are the files that the tree's sources stand for, `epoch` what the image was made with.
     Compared: names, types, modes, owners, times of change, sizes, content, targets, device numbers,
     extended attributes, and which names share an inode. Raises OSError.
     """
-    ext4.add_lost_found(root, epoch)
+    if kind == "ext4":
+        ext4.add_lost_found(root, epoch)
     with ExitStack() as stack:
         try:
-            found = stack.enter_context(ext4_read.opened(image))
+            found = stack.enter_context(_opened(image, kind))
         except FilesystemError as error:
             yield Difference("", str(error))
             return
@@ -88,18 +103,22 @@ def compare_tree(image: Path, root: Inode, payloads: Mapping[int, Path], epoch: 
         yield from _Comparison(found, sources).walk(root)
 
 
-def read_all(image: Path) -> Iterator[Difference]:
+def _opened(image: Path, kind: str) -> AbstractContextManager[FoundImage]:
+    return ext4_read.opened(image) if kind == "ext4" else mounted_read.opened(image, kind)
+
+
+def read_all(image: Path, kind: str = "ext4") -> Iterator[Difference]:
     """Yield what cannot be read of an image of which no more is known. Raises OSError."""
     try:
-        with ext4_read.opened(image) as found:
+        with _opened(image, kind) as found:
             yield from _read_all(found)
     except FilesystemError as error:
         yield Difference("", str(error))
 
 
-def _read_all(image: Ext4Image) -> Iterator[Difference]:
-    seen = {ext4_read.ROOT}
-    pending = [(b"", ext4_read.ROOT)]
+def _read_all(image: FoundImage) -> Iterator[Difference]:
+    seen = {image.root}
+    pending = [(b"", image.root)]
     while pending:
         path, number = pending.pop()
         try:
@@ -122,7 +141,7 @@ def _read_all(image: Ext4Image) -> Iterator[Difference]:
 class _Comparison:
     """Walks the tree and the image side by side. `sources` are the descriptors of payloads."""
 
-    def __init__(self, image: Ext4Image, sources: Mapping[int, int]) -> None:
+    def __init__(self, image: FoundImage, sources: Mapping[int, int]) -> None:
         self._image = image
         self._sources = sources
         # The first name of each inode in the order of the walk: in the tree, and by number in the image.
@@ -130,8 +149,8 @@ class _Comparison:
         self._found_first: dict[int, bytes] = {}
 
     def walk(self, root: Inode) -> Iterator[Difference]:
-        yield from self._look(b"", root, ext4_read.ROOT, Kind.DIRECTORY)
-        pending: list[tuple[bytes, Inode, int]] = [(b"", root, ext4_read.ROOT)]
+        yield from self._look(b"", root, self._image.root, Kind.DIRECTORY)
+        pending: list[tuple[bytes, Inode, int]] = [(b"", root, self._image.root)]
         while pending:
             path, folder, number = pending.pop()
             assert folder.children is not None
@@ -174,15 +193,15 @@ class _Comparison:
             if there != expected:
                 yield Difference(_show(path), f"{what} is {there}, and should be {expected}")
         if entry.kind is Kind.FILE and found.size == entry.size:
-            at = self._first_difference(ext4.file_runs(entry), self._sources[inode.source], found.extents)
+            at = self._first_difference(file_runs(entry), self._sources[inode.source], found)
             if at is not None:
                 yield Difference(_show(path), f"content differs at byte {at}")
 
-    def _first_difference(self, runs: Sequence[Run], source: int, extents: Sequence[Extent]) -> int | None:
+    def _first_difference(self, runs: Sequence[Run], source: int, file: Found) -> int | None:
         """Return where a file's data begins to differ: in what runs or extents cover, all else is zeros in both."""
         edges = {edge for run in runs for edge in (run.logical, run.logical + run.count)}
-        edges |= {edge for extent in extents for edge in (extent.logical, extent.logical + extent.count)}
-        expected, found = _Cover(runs), _Cover(extents)
+        edges |= {edge for extent in file.extents for edge in (extent.logical, extent.logical + extent.count)}
+        expected, found = _Cover(runs), _Cover(file.extents)
         for start, end in itertools.pairwise(sorted(edges)):
             run, extent = expected.at(start), found.at(start)
             for block in range(start, end, _CHUNK_BLOCKS):
@@ -192,7 +211,7 @@ class _Comparison:
                     offset = (run.payload + block - run.logical) * BLOCK_BYTES
                     ours = os.pread(source, count * BLOCK_BYTES, offset)
                 if extent is not None and not extent.is_unwritten:
-                    theirs = self._image.blocks(extent.physical + block - extent.logical, count)
+                    theirs = self._image.blocks(file, extent, block, count)
                 if ours != theirs:
                     # Either may be cut short, by the end of its file.
                     pairs = enumerate(itertools.zip_longest(ours, theirs))

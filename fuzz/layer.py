@@ -23,7 +23,7 @@ from fledge_tasks.errors import FledgeError
 from fledge_tasks.filesystems import ext4, ext4_inode
 from fledge_tasks.oci.decompress import open_stream
 from fledge_tasks.oci.layer import unpack
-from fledge_tasks.oci.layer_index import Entry, Kind, read_index
+from fledge_tasks.oci.layer_index import Entry, Kind, file_runs, read_index
 from fledge_tasks.oci.limits import Limits
 from fledge_tasks.tree import Inode, Layer, merge, walk
 
@@ -104,7 +104,7 @@ def _unpacked(blob: bytes) -> list[Entry]:
         blocks = found.payload_bytes // ext4_inode.BLOCK_BYTES
         for entry in entries:
             if entry.kind is Kind.FILE:
-                assert all(run.payload + run.count <= blocks for run in ext4.file_runs(entry))
+                assert all(run.payload + run.count <= blocks for run in file_runs(entry))
     finally:
         os.close(payload)
         os.close(index)
@@ -130,7 +130,7 @@ def _check(path: bytes, inode: Inode) -> None:
 
 def _encode(entry: Entry) -> None:
     """Have everything about an entry written as bytes of an inode, as `ext4.make` does it in an image."""
-    extents = [(run.logical, 0, min(run.count, ext4_inode.MAX_EXTENT_BLOCKS)) for run in ext4.file_runs(entry)]
+    extents = [(run.logical, 0, min(run.count, ext4_inode.MAX_EXTENT_BLOCKS)) for run in file_runs(entry)]
     field, _ = ext4_inode.extent_field(extents, lambda: 0)
     if entry.kind in (Kind.CHAR_DEVICE, Kind.BLOCK_DEVICE):
         field = ext4_inode.device_field(*entry.rdev)

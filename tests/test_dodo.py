@@ -15,7 +15,7 @@ from fledge_tasks.digest import short
 from tests.layers import Member, folder
 from tests.layouts import Layout, Place
 from tests.test_cli import slow, wait_for
-from tests.tools import need
+from tests.tools import need, need_root
 from tests.workspaces import Workspace, processes_about, sha256_of
 
 BASE = [folder("bin"), Member("bin/app", b"\x7fELF" + bytes(20_000), mode=0o755)]
@@ -43,7 +43,7 @@ def workspace(tmp_path: Path) -> Workspace:
 def doit(workspace: Workspace, *arguments: str, code: int = 0) -> list[str]:
     """Run doit in the workspace, and return the lines that it prints."""
     done = subprocess.run(
-        [sys.executable, "-m", "doit", *arguments],
+        [*workspace.prefix, sys.executable, "-m", "doit", *arguments],
         env=workspace.environment(),
         cwd=workspace.root,
         stdin=subprocess.DEVNULL,
@@ -156,8 +156,11 @@ def test_input_that_is_wrong(workspace: Workspace) -> None:
 def test_a_filesystem_that_cannot_be_made(workspace: Workspace) -> None:
     file = workspace.root / "web" / "fledge.toml"
     file.write_text(file.read_text().replace('"ext4"', '"xfs"'))
+    need("setpriv", "mkfs.xfs")
+    need_root()
+    workspace.prefix = ["setpriv", "--bounding-set=-sys_admin"]
     text = "\n".join(doit(workspace, "build:web", code=1))
-    assert "xfs images cannot be made by this version" in text
+    assert "xfs images can only be made by root" in text
     assert not workspace.output("web").exists()
     assert ran(doit(workspace, "build:api")) >= everything("api")
 

@@ -48,6 +48,8 @@ RENAMES_ALLOWED = {
     "fsutil": RENAMES,
     # A checked blob gets a second name in a scratch folder; nothing is published by that.
     "oci.layout": {"link"},
+    # Hard links inside an image that is being filled.
+    "filesystems.fill": {"link"},
 }
 
 

@@ -21,6 +21,7 @@ from fledge_tasks.errors import (
     LockError,
     MappingError,
 )
+from fledge_tasks.filesystems import possible
 from fledge_tasks.oci import reference, source
 from fledge_tasks.oci.reference import Reference
 from fledge_tasks.plan import ImagePlan, Planner, source_date_epoch
@@ -225,7 +226,8 @@ def test_nothing_is_wrong(place: Place) -> None:
     made.check(made.workspace.images)
 
 
-def test_one_problem_is_raised_as_it_is(place: Place) -> None:
+def test_one_problem_is_raised_as_it_is(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    need("mkfs.xfs")
     edit(place, "oci:../layouts/web", "Web")
     error = check(place)
     assert (type(error), error.where) == (InputError, f"{place.root}/web/fledge.toml: source.image")
@@ -234,11 +236,13 @@ def test_one_problem_is_raised_as_it_is(place: Place) -> None:
     assert type(check(place)) is MappingError
     (place.root / "web" / "conf").write_text("")
     edit(place, '"ext4"', '"xfs"')
+    monkeypatch.setattr(possible, "_is_capable", lambda: False)
     error = check(place)
     assert (type(error), error.exit_code) == (FilesystemError, 1)
 
 
-def test_several_problems_come_together(place: Place) -> None:
+def test_several_problems_come_together(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(possible, "_is_capable", lambda: False)
     edit(place, "oci:../layouts/web", "Web")
     place.add("api", "oci:../layouts/web", mappings={"gone": "/gone"})
     xfs = place.add("db", "oci:../layouts/web") / "fledge.toml"
@@ -260,11 +264,20 @@ def test_all_that_the_lock_misses_comes_together(place: Place) -> None:
     ]
 
 
-def test_a_type_that_cannot_be_made_has_no_plan(place: Place) -> None:
+def test_what_is_made_already_need_not_be_possible(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    need("mkfs.btrfs")
     edit(place, '"ext4"', '"btrfs"')
-    made = planner(place)
-    with pytest.raises(FilesystemError, match="btrfs images cannot be made"):
-        made.plan(made.workspace.images[0])
+    monkeypatch.setattr(possible, "_is_capable", lambda: False)
+    assert "btrfs images can only be made by root" in str(check(place))
+    found = planner(place)
+    made = found.plan(found.workspace.images[0])
+    assert made is not None and made.mkfs.tools[0].startswith("btrfs-progs ")
+    with found.store.building(made.mkfs.key()), found.store.staging(made.mkfs.key()) as folder_:
+        (folder_ / "map").write_bytes(b"map")
+        found.store.publish(made.mkfs.text(), "mkfs", folder_)
+    found.store.close()
+    again = planner(place)
+    again.check(again.workspace.images)
 
 
 def test_a_local_agent_that_is_missing(place: Place) -> None:

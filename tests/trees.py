@@ -13,7 +13,7 @@ from typing import Any
 
 from fledge_tasks.assemble import Assembled, assemble
 from fledge_tasks.filesystems import ext4, skeleton
-from fledge_tasks.filesystems.ext4_size import Parameters
+from fledge_tasks.filesystems.parameters import Filled, Parameters
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, Entry, Kind, Run
 from fledge_tasks.tree import Layer, merge
 from tests.tools import PATH
@@ -60,15 +60,15 @@ class Built:
     bare: Path
     skeleton: Path
     map: Path
-    filled: ext4.Filled
+    filled: Filled
     assembled: Assembled
 
 
-def fill(folder: Path, entries: Sequence[Entry], parameters: Parameters = PARAMETERS) -> ext4.Filled:
+def fill(folder: Path, entries: Sequence[Entry], parameters: Parameters = PARAMETERS) -> Filled:
     """Make `folder/bare.img`: the filesystem, holes where file data belongs."""
     root = merge([Layer("layer", entries)], parameters.epoch * 1_000_000_000)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        return ext4.make(root, parameters, folder / "bare.img", Path(scratch))
+        return ext4.make(root, parameters, {}, folder / "bare.img", Path(scratch))
 
 
 def build(folder: Path, *contents: Content, parameters: Parameters = PARAMETERS) -> Built:
@@ -79,7 +79,7 @@ def build(folder: Path, *contents: Content, parameters: Parameters = PARAMETERS)
     )
     bare, target = folder / "bare.img", folder / "rootfs.img"
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        filled = ext4.make(root, parameters, bare, Path(scratch))
+        filled = ext4.make(root, parameters, {}, bare, Path(scratch))
     payloads = {at: folder / f"payload{at}" for at in range(len(contents))}
     for at, content in enumerate(contents):
         payloads[at].write_bytes(content.payload)

@@ -12,7 +12,7 @@ import click
 from fledge_tasks import fsutil, workspace
 from fledge_tasks.cli.context import Context
 from fledge_tasks.errors import FledgeError, ImageNotFoundError
-from fledge_tasks.tools import E2FSCK, MKE2FS, MKFS_BTRFS, MKFS_XFS, SKOPEO, Tool
+from fledge_tasks.tools import E2FSCK, MKE2FS, SKOPEO, Tool
 
 
 class _Check(NamedTuple):
@@ -45,10 +45,20 @@ def _checks(folder: Path) -> Iterator[_Check]:
     except FledgeError as error:
         yield _Check("libext2fs", False, str(error), is_needed=True)
     yield _tool(E2FSCK, "checking ext4 images")
-    yield _tool(MKFS_XFS, "xfs: found, but this version does not make xfs images yet")
-    yield _tool(MKFS_BTRFS, "btrfs: found, but this version does not make btrfs images yet")
+    for kind in ("xfs", "btrfs"):
+        yield _type(kind)
     yield _daemon()
     yield from _cache(folder)
+
+
+def _type(kind: str) -> _Check:
+    from fledge_tasks.filesystems import possible
+
+    try:
+        possible.check(kind)
+        return _Check(kind, True, f"{possible.made_by(kind)}: {kind}, through a loop mount that nobody else sees")
+    except FledgeError as error:
+        return _Check(kind, False, str(error).replace("\n  hint:", ":"))
 
 
 def _tool(tool: Tool, purpose: str, *, is_needed: bool = False) -> _Check:

@@ -16,6 +16,7 @@ from fledge_tasks import stages
 from fledge_tasks.cli.context import Context
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.errors import InputError
+from fledge_tasks.filesystems.possible import MAKERS
 from fledge_tasks.output import key_of
 from fledge_tasks.plan import ImagePlan, Planner
 from fledge_tasks.verify import Difference, check_manifest, check_structure, compare_tree, read_all
@@ -80,13 +81,14 @@ def _verify_image(planner: Planner, image: ImageConfig) -> Verified:
     if not file.is_file():
         missing = Difference("", f"there is no image: run `fledge build {image.name}`")
         return Verified(image.name, str(file), False, [missing])
-    differences = [*check_manifest(file, manifest), *check_structure(file)]
+    kind = image.filesystem.type
+    differences = [*check_manifest(file, manifest), *check_structure(file, kind)]
     is_current = key_of(file) == plan.assemble.key()
     if is_current:
         differences += _compare(planner, plan, file)
     else:
         message = f"what goes in has changed since the image was made: run `fledge build {image.name}`"
-        differences += [Difference("", message), *read_all(file)]
+        differences += [Difference("", message), *read_all(file, kind)]
     return Verified(image.name, str(file), is_current, differences)
 
 
@@ -94,14 +96,23 @@ def _verify_file(context: Context, file: Path, manifest: Path) -> Verified:
     for path, what, hint in ((file, "image", None), (manifest, "manifest", "--manifest says where it is")):
         if not path.is_file():
             raise InputError(f"there is no such {what}", where=str(path), hint=hint)
-    differences = [*check_manifest(file, manifest), *check_structure(file)]
+    kind = _type_in(manifest)
+    differences = [*check_manifest(file, manifest), *check_structure(file, kind)]
     found = _named_in(context, manifest)
     if found is None:
-        differences += read_all(file)
+        differences += read_all(file, kind)
     else:
         planner, plan = found
         differences += _compare(planner, plan, file)
     return Verified(file.name, str(file), found is not None, differences)
+
+
+def _type_in(manifest: Path) -> str:
+    """Return the type of filesystem that a manifest tells the guest, ext4 when it tells none that we know."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+        kind = json.loads(manifest.read_bytes())["labels"]["volant.rootfs_fstype"]
+        return kind if kind in MAKERS else "ext4"
+    return "ext4"
 
 
 def _named_in(context: Context, manifest: Path) -> tuple[Planner, ImagePlan] | None:
@@ -127,7 +138,7 @@ def _plan(planner: Planner, image: ImageConfig) -> ImagePlan:
 def _compare(planner: Planner, plan: ImagePlan, file: Path) -> Iterator[Difference]:
     sources = stages.sources_of(planner.store, plan)
     payloads = {number: entry.file(stages.PAYLOAD) for number, entry in enumerate(sources)}
-    return compare_tree(file, stages.merged(plan, sources), payloads, plan.mkfs.epoch)
+    return compare_tree(file, stages.merged(plan, sources), payloads, plan.mkfs.epoch, plan.mkfs.type)
 
 
 @contextlib.contextmanager

@@ -12,16 +12,16 @@ e2fsprogs 1.46 understand; the host's mke2fs.conf is not read.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fledge_tasks.errors import FilesystemError
 from fledge_tasks.filesystems import ext4_directory, ext4_inode, ext4_size, libext2fs
 from fledge_tasks.filesystems.ext4_inode import BLOCK_BYTES, Extent
-from fledge_tasks.filesystems.ext4_size import Parameters
+from fledge_tasks.filesystems.parameters import Filled, Parameters
 from fledge_tasks.filesystems.skeleton import ImageExtent
-from fledge_tasks.oci.layer_index import Entry, Kind, Run
+from fledge_tasks.oci.layer_index import Entry, Kind, file_runs
 from fledge_tasks.tree import Inode
 
 FORMAT = 1
@@ -35,15 +35,6 @@ _XATTR_PREFIXES = (  # e_name_index, fs/ext4/xattr.h
     (b"user.", 1), (b"system.posix_acl_access", 2), (b"system.posix_acl_default", 3), (b"trusted.", 4),
     (b"security.", 6), (b"system.", 7),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Filled:
-    """A filled image: the extents of file data that the image file does not hold, and what is free."""
-
-    extents: list[ImageExtent]
-    free_bytes: int
-    free_inodes: int
 
 
 @dataclass(slots=True)
@@ -62,13 +53,12 @@ class _Item:
 load = libext2fs.load  # what takes its time when the first filesystem is made
 
 
-def make(root: Inode, parameters: Parameters, image: Path, scratch: Path) -> Filled:
-    """Make the filesystem in the new file `image`, which is sparse: file data is left as holes.
+def make(root: Inode, parameters: Parameters, payloads: Mapping[int, Path], image: Path, scratch: Path) -> Filled:
+    """Make the filesystem as `parameters.Make` says. File data is left as holes; payloads are not looked at.
 
-    `scratch` is a folder for mke2fs's configuration. Raises FilesystemError when ext4 cannot hold
-    the tree, ToolError, CommandError; `image` is of no use then. Deterministic. Adds /lost+found
-    to the tree.
+    Deterministic. Adds /lost+found to the tree.
     """
+    del payloads
     items = _number(root, parameters.epoch)
     needed = _prepare(items, parameters.hash_seed)
     blocks = ext4_size.create(image, scratch, parameters, needed_blocks=needed, inodes=len(items))
@@ -90,14 +80,6 @@ def add_lost_found(root: Inode, epoch: int) -> None:
         root.children[_LOST_FOUND_NAME] = Inode(entry, 0)
     elif lost_found.children is None:
         raise FilesystemError("is a file in the image, and ext4 needs it as a folder", where="/lost+found")
-
-
-def file_runs(entry: Entry) -> tuple[Run, ...]:
-    """Return the runs of payload blocks that a file's data is in."""
-    if entry.runs is not None:
-        return entry.runs
-    count = -(-entry.size // BLOCK_BYTES)
-    return (Run(0, entry.block, count),) if count else ()
 
 
 def _number(root: Inode, epoch: int) -> list[_Item]:

@@ -25,7 +25,7 @@ _POSIX_ACL = b"system.posix_acl_"
 _ACL_ENTRY = struct.Struct("<HHI")
 _ACL_WITH_ID = {0x02, 0x08}  # ACL_USER, ACL_GROUP
 _ACL_NO_ID = 0xFFFFFFFF
-_KINDS = {
+KINDS = {
     stat.S_IFREG: Kind.FILE,
     stat.S_IFDIR: Kind.DIRECTORY,
     stat.S_IFLNK: Kind.SYMLINK,
@@ -63,6 +63,8 @@ class Ext4Image:
     `inode` and `names` raise FilesystemError for whatever the library finds damaged.
     """
 
+    root = ROOT
+
     def __init__(self, reader: Ext2Reader, fd: int) -> None:
         self._reader = reader
         self._fd = fd
@@ -74,14 +76,14 @@ class Ext4Image:
         size_high, = struct.unpack_from("<I", data, 108)  # fmt: skip
         uid_high, gid_high = struct.unpack_from("<HH", data, 120)
         mtime_extra, = struct.unpack_from("<I", data, 136)  # fmt: skip
-        kind = _KINDS.get(stat.S_IFMT(mode))
+        kind = KINDS.get(stat.S_IFMT(mode))
         if kind is None:
             raise FilesystemError(f"the unknown file type {stat.S_IFMT(mode):#o}", where=f"inode {number}")
         extents = tuple(self._reader.extents(number)) if flags & _FLAG_EXTENTS else ()
         size |= size_high << 32
         link, rdev = b"", (0, 0)
         if kind is Kind.SYMLINK:
-            link = (self.blocks(extents[0].physical, 1) if extents else data[40:100])[:size]
+            link = (self._read(extents[0].physical, 1) if extents else data[40:100])[:size]
         elif kind in {Kind.CHAR_DEVICE, Kind.BLOCK_DEVICE}:
             rdev = _device(*struct.unpack_from("<II", data, 40))
         return Found(
@@ -109,9 +111,13 @@ class Ext4Image:
             found[name] = inode, kind
         return found
 
-    def blocks(self, physical: int, count: int) -> bytes:
-        """Return `count` blocks of the image, fewer at its end."""
-        return os.pread(self._fd, count * BLOCK_BYTES, physical * BLOCK_BYTES)
+    def blocks(self, found: Found, extent: Extent, start: int, count: int) -> bytes:
+        """Return `count` blocks of a file, all in one extent, from its block `start` on; fewer at the image's end."""
+        del found
+        return self._read(extent.physical + start - extent.logical, count)
+
+    def _read(self, block: int, count: int) -> bytes:
+        return os.pread(self._fd, count * BLOCK_BYTES, block * BLOCK_BYTES)
 
 
 @contextlib.contextmanager

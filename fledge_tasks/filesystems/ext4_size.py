@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fledge_tasks.errors import CommandError, FilesystemError
 from fledge_tasks.filesystems.ext4_inode import BLOCK_BYTES
+from fledge_tasks.filesystems.parameters import Parameters
 from fledge_tasks.run import run
 
 FEATURES = (
@@ -35,30 +36,6 @@ _TOLERANCE_BLOCKS = 64
 _MIB_BLOCKS = 256
 _ATTEMPTS = 64
 _TOO_SMALL = ("requested number of inodes", "Could not allocate block", "journal size too big")
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """What decides an image's bytes beside its tree.
-
-    `uuid` and `hash_seed` are 16 bytes each; `epoch` is the time, in seconds, of all that has no
-    time of its own; `buffer_bytes` is what statfs reports as available in the finished filesystem
-    (f_bavail), to within 1 MiB.
-    """
-
-    uuid: bytes
-    hash_seed: bytes
-    epoch: int
-    buffer_bytes: int
-
-    @property
-    def own_time(self) -> int:
-        """The time of what is in no tree: superblock, journal, reserved inodes.
-
-        It is `epoch` where all versions of e2fsprogs make the same of it: they take 0 for 'look at the
-        clock' (fs->now), and write times after 2038 into such inodes in different ways.
-        """
-        return min(max(self.epoch, 1), _MAX_OWN_TIME)
 
 
 @dataclass(frozen=True)

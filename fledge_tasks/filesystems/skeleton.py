@@ -18,7 +18,7 @@ What neither a range nor an extent covers is zero. Version history: 1 first vers
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -80,32 +80,48 @@ def merge_extents(extents: Iterable[ImageExtent]) -> list[ImageExtent]:
 
 
 def save(image: Path, extents: Iterable[ImageExtent], skeleton: Path, map_file: Path) -> ImageMap:
-    """Write `skeleton` and `map_file` from an image file that holds everything but the file data.
+    """Write `skeleton` and `map_file` from an image file; what extents tell of is left out, whether it is there or not.
 
     All-zero blocks are left out, so that the result does not depend on how the host's filesystem
     keeps holes. Neither file is synced. Raises OSError.
     """
     ranges: list[tuple[int, int]] = []
+    merged = merge_extents(extents)
     with image.open("rb", buffering=0) as source, skeleton.open("wb") as target:
         size = os.fstat(source.fileno()).st_size
         with zstandard.ZstdCompressor(level=3).stream_writer(target, closefd=False) as compressor:
-            for block, data in _nonzero_blocks(source.fileno(), size):
+            for block, data in _nonzero_blocks(source.fileno(), size, merged):
                 if ranges and sum(ranges[-1]) == block:
                     ranges[-1] = (ranges[-1][0], ranges[-1][1] + len(data) // BLOCK_BYTES)
                 else:
                     ranges.append((block, len(data) // BLOCK_BYTES))
                 compressor.write(data)
-    image_map = ImageMap(_MAGIC, FORMAT, size // BLOCK_BYTES, ranges, merge_extents(extents))
+    image_map = ImageMap(_MAGIC, FORMAT, size // BLOCK_BYTES, ranges, merged)
     map_file.write_bytes(msgspec.msgpack.encode(image_map))
     return image_map
 
 
-def _nonzero_blocks(fd: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """Yield (block, data) of runs of blocks that are not all zero."""
-    done = 0
-    for start, length in data_ranges(fd, size):
-        block = max(start // BLOCK_BYTES, done)
-        done = -(-(start + length) // BLOCK_BYTES)
+def _without(ranges: Iterable[tuple[int, int]], extents: Sequence[ImageExtent]) -> Iterator[tuple[int, int]]:
+    """Yield (first, end) of the blocks of byte ranges that are in no extent; both come in order."""
+    following, done = 0, 0
+    for start, length in ranges:
+        block, end = max(start // BLOCK_BYTES, done), -(-(start + length) // BLOCK_BYTES)
+        done = max(done, end)
+        while block < end:
+            while following < len(extents) and extents[following].block + extents[following].count <= block:
+                following += 1
+            extent = extents[following] if following < len(extents) else None
+            if extent is None or extent.block >= end:
+                yield block, end
+                break
+            if extent.block > block:
+                yield block, extent.block
+            block = extent.block + extent.count
+
+
+def _nonzero_blocks(fd: int, size: int, extents: Sequence[ImageExtent]) -> Iterator[tuple[int, bytes]]:
+    """Yield (block, data) of runs of blocks that are in no extent and not all zero."""
+    for block, done in _without(data_ranges(fd, size), extents):
         while block < done:
             data = os.pread(fd, min(_READ_BLOCKS, done - block) * BLOCK_BYTES, block * BLOCK_BYTES)
             first = None
@@ -117,7 +133,7 @@ def _nonzero_blocks(fd: int, size: int) -> Iterator[tuple[int, bytes]]:
                     first = None
                 elif not zero and first is None:
                     first = at
-            block += count
+            block += count  # noqa: PLW2901
 
 
 def read_map(path: Path) -> ImageMap:

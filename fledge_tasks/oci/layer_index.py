@@ -84,6 +84,14 @@ class Entry(msgspec.Struct, array_like=True, gc=False, eq=False):
     keep: bool = False
 
 
+def file_runs(entry: Entry) -> tuple[Run, ...]:
+    """Return the runs of payload blocks that a file's data is in."""
+    if entry.runs is not None:
+        return entry.runs
+    count = -(-entry.size // BLOCK_BYTES)
+    return (Run(0, entry.block, count),) if count else ()
+
+
 class IndexWriter:
     """Writes an index entry by entry, in constant memory. `file` must be seekable and empty.
 

@@ -1,0 +1,93 @@
+"""btrfs images: one device, one copy of everything, features that Linux 5.10 mounts."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from fledge_tasks.errors import CommandError, FilesystemError
+from fledge_tasks.filesystems import mounted
+from fledge_tasks.filesystems.loopmount import Mount
+from fledge_tasks.filesystems.mounted import Content
+from fledge_tasks.filesystems.parameters import Filled, Parameters
+from fledge_tasks.run import run
+from fledge_tasks.tree import Inode
+
+MIN_BYTES = 109 << 20
+"""What mkfs.btrfs makes at least (btrfs-progs 6.2)."""
+
+_BLOCK_BYTES = 4096
+_CHECKSUM_BYTES = 4  # of each block of data
+_ITEM_BYTES = 25 + 2 * 25 + 16  # struct btrfs_item, and the keys of a name, which is there twice
+_CHUNK = re.compile(r"CHUNK_ITEM (\d+)\).*?length (\d+).*?stripe 0 devid 1 offset (\d+)", re.DOTALL)
+
+
+def make(root: Inode, parameters: Parameters, payloads: Mapping[int, Path], image: Path, scratch: Path) -> Filled:
+    """Make an image as `parameters.Make` says. Not the same bytes each time: Linux writes its own times.
+
+    Small files get blocks of their own, as in other types, so that they can be shared. While it is
+    being filled it has twice the room: where there is little, Linux writes metadata out again and
+    again, and takes nine times as long.
+    """
+    kind = mounted.Type(
+        "btrfs", _mkfs, "max_inline=0,nodiscard", MIN_BYTES, True, estimate, _translate, _resize, _finish
+    )
+    return mounted.make(kind, root, parameters, payloads, image, scratch)
+
+
+def estimate(content: Content) -> int:
+    """Return the bytes that a tree takes: data with its checksums, and items in nodes that are half full."""
+    data = content.blocks * (_BLOCK_BYTES + 2 * _CHECKSUM_BYTES)
+    items = content.inodes * (160 + _ITEM_BYTES) + content.runs * (2 * 53 + 2 * _ITEM_BYTES)
+    names = 3 * content.name_bytes + 2 * content.xattr_bytes + content.inodes * 2 * _ITEM_BYTES
+    return data + 2 * (items + names)
+
+
+def _mkfs(image: Path, parameters: Parameters) -> None:
+    del parameters  # see _finish
+    run(["mkfs.btrfs", "-q", "-f", "--nodiscard", "-m", "single", "-d", "single",
+         "-O", "no-holes", "-R", "free-space-tree", image])  # fmt: skip
+
+
+def _resize(mount: Mount, old: int, new: int) -> bool:
+    if new > old:
+        mount.grow(new)
+    resize: list[str | Path] = ["btrfs", "filesystem", "resize", str(new), mount.at]
+    try:
+        run(resize)
+    except CommandError:
+        if new > old:
+            raise
+        try:
+            # What is at its end lies in chunks too large to find room elsewhere: new ones are smaller.
+            run(["btrfs", "balance", "start", "-dusage=100", mount.at])
+            run(resize)
+        except CommandError:
+            return False
+    return True
+
+
+def _finish(image: Path, parameters: Parameters) -> None:
+    # Last: while it was mounted it had a UUID of its own, since Linux takes two devices of one UUID for
+    # one filesystem, and somebody may have mounted an image of the same content.
+    run(["btrfstune", "-f", "-U", str(uuid.UUID(bytes=parameters.uuid)), image])
+
+
+def _translate(image: Path) -> Callable[[int], int | None]:
+    """Return what finds the byte of the image for a logical address: by the chunk tree, one stripe per chunk."""
+    text = run(["btrfs", "inspect-internal", "dump-tree", "-t", "chunk", image]).decode(errors="replace")
+    chunks = sorted((int(start), int(length), int(offset)) for start, length, offset in _CHUNK.findall(text))
+    if not chunks:
+        raise FilesystemError("btrfs does not tell where its chunks are")
+    starts = [start for start, _, _ in chunks]
+
+    def translate(address: int) -> int | None:
+        at = bisect_right(starts, address) - 1
+        if at < 0 or address >= chunks[at][0] + chunks[at][1]:
+            return None
+        return chunks[at][2] + address - chunks[at][0]
+
+    return translate
