@@ -32,6 +32,8 @@ class _Interrupter:
         self._raised_at = 0.0
 
     def __call__(self, signum: int, _frame: FrameType | None) -> None:
+        if _hold.puts_off(signum):
+            return
         if self.signum is None:
             self.signum = signum
             self._raised_at = time.monotonic()
@@ -76,14 +78,45 @@ def check() -> None:
         raise Interrupted(_interrupter.signum)
 
 
+class _Hold:
+    """Signals that come while they are held. The mask of a thread is not enough: the kernel may choose another
+    thread, and Python runs the handler in the main one all the same."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.signum: int | None = None
+
+    def puts_off(self, signum: int) -> bool:
+        """Remember a signal if signals are held."""
+        if self.depth:
+            self.signum = signum
+        return self.depth > 0
+
+    def release(self) -> int | None:
+        """End one hold, and return the signal to be raised, if it was the last one."""
+        self.depth -= 1
+        if self.depth:
+            return None
+        signum, self.signum = self.signum, None
+        return signum
+
+
+_hold = _Hold()
+
+
 @contextlib.contextmanager
 def held() -> Iterator[None]:
     """Put off our signals to the end of this block, which must be short."""
+    is_main = threading.current_thread() is threading.main_thread()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    _hold.depth += is_main
     try:
         yield
     finally:
+        signum = _hold.release() if is_main else None
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if signum is not None:
+            signal.raise_signal(signum)
 
 
 def handle_in_worker() -> None:
@@ -91,6 +124,7 @@ def handle_in_worker() -> None:
 
     A terminal signals the whole group, but it is the main process that decides and sends SIGTERM.
     """
+    _hold.depth, _hold.signum = 0, None
     signal.signal(signal.SIGINT, _nothing)
     signal.signal(signal.SIGHUP, _nothing)
     signal.signal(signal.SIGTERM, _raise_once)
@@ -102,5 +136,7 @@ def _nothing(_signum: int, _frame: FrameType | None) -> None:
 
 
 def _raise_once(signum: int, _frame: FrameType | None) -> None:
+    if _hold.puts_off(signum):
+        return
     signal.signal(signum, _nothing)
     raise Interrupted(signum)

@@ -48,7 +48,8 @@ class Clock:
     def _stat(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
         found = os.stat(path, follow_symlinks=follow_symlinks)
         times = {"st_atime_ns": found.st_atime_ns, "st_mtime_ns": found.st_mtime_ns, "st_ctime_ns": found.st_mtime_ns}
-        return os.stat_result(tuple(found), times)
+        seconds = (int(found.st_mtime),) * 3
+        return os.stat_result((*tuple(found)[:7], *seconds), times)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -183,18 +184,30 @@ def test_an_interrupted_call_ends_the_whole_group(tmp_path: Path, script: str, n
         caller.wait()
 
 
-def test_a_signal_while_a_program_starts_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_signal_while_a_program_starts_ends_it(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """With a second thread, the kernel may give the signal to that one, which does not hold it."""
+    go_on = threading.Event()
+    others = [threading.Thread(target=go_on.wait) for _ in range(threads)]
+    for other in others:
+        other.start()
     started: list[subprocess.Popen[bytes]] = []
     start = subprocess.Popen
 
     def start_and_signal(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
         started.append(start(*arguments, **options))
         os.kill(os.getpid(), signal.SIGTERM)  # held until the program is noted
+        time.sleep(0.1)
         return started[-1]
 
     monkeypatch.setattr(subprocess, "Popen", start_and_signal)
-    with interruptible(), pytest.raises(Interrupted):
-        run(["sleep", "100"])
+    try:
+        with interruptible(), pytest.raises(Interrupted):
+            run(["sleep", "100"])
+    finally:
+        go_on.set()
+        for other in others:
+            other.join()
     assert started[0].returncode == -signal.SIGTERM
 
 
