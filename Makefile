@@ -32,7 +32,7 @@ demo: setup demo-tools $(HELLO)/layouts/hello
 	@echo "Now change $(HELLO)/motd, a mapped file, and run make demo again."
 
 test: setup test-tools
-	$(AS_ROOT) env FLEDGE_REQUIRE_TOOLS=1 $(BIN)/python -m pytest
+	$(AS_ROOT) env FLEDGE_REQUIRE_TOOLS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 test-pythons: test-tools
 	@failed=; for python in $(PYTHONS); do \

@@ -21,13 +21,14 @@ WEB_BUFFER_MB = 100
 SCIENCE_BUFFER_MB = 37
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark everything in this folder, and run it last."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark everything in this folder; run it last, or in one of several processes from the beginning."""
     here = Path(__file__).parent
     for item in items:
         if item.path.is_relative_to(here):
             item.add_marker("real")
-    items.sort(key=lambda item: item.path.is_relative_to(here))
+            item.add_marker(pytest.mark.xdist_group("real"))  # what they share is costly
+    items.sort(key=lambda item: item.path.is_relative_to(here), reverse=hasattr(config, "workerinput"))
 
 
 @dataclass(frozen=True)
