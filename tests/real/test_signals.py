@@ -18,7 +18,14 @@ _WAIT_SECONDS = 60.0
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + _WAIT_SECONDS
-    while not condition():
+
+    def is_so() -> object:
+        try:
+            return condition()
+        except FileNotFoundError:  # a folder of the build's, gone while it was looked into
+            return False
+
+    while not is_so():
         assert process.poll() is None, "the build ended before it could be interrupted"
         assert time.monotonic() < deadline
         time.sleep(0.005)
