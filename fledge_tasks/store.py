@@ -324,10 +324,13 @@ class Store:
 
     def discard(self, key: Digest) -> None:
         """Remove an entry that is not needed any more. Idempotent; the caller holds its lock."""
-        folder = self.folder(key)
-        # The record goes first: what is left after a crash is not an entry.
-        (folder / RECORD).unlink(missing_ok=True)
-        fsutil.crash_point("discard: record deleted")
+        # By one rename: whoever looks at it now finds it whole or not at all, and never takes it for damaged.
+        folder = fsutil.temp_name(self.root / "tmp", _hex(key))
+        try:
+            fsutil.move(self.folder(key), folder)
+        except OSError:
+            return
+        fsutil.crash_point("discard: renamed")
         shutil.rmtree(folder, ignore_errors=True)
         fsutil.crash_point("discard: folder deleted")
 

@@ -24,7 +24,7 @@ def points_of(steps: Sequence[str], *names: str) -> set[str]:
 RESULTS = points_of(WRITTEN, "fledge.lock", "rootfs.img", "manifest.json", ".fledge.json")
 STAGES = points_of(PUBLISHED, *(f"publish {stage}" for stage in ("config", "blob", "unpack", "customize", "mkfs")))
 WORK = {
-    "lease: made", "lease: written", "locked", "staging: made", "discard: record deleted", "discard: folder deleted",
+    "lease: made", "lease: written", "locked", "staging: made", "discard: renamed", "discard: folder deleted",
 }  # fmt: skip
 BUILD = RESULTS | STAGES | WORK
 """All crash points of a build. One that is added or lost shows here."""
@@ -100,7 +100,7 @@ def test_a_build_that_replaces_what_is_there(drill: Drill) -> None:
     assert set(points) == BUILD
     expected, clean = sha256_of(drill.output("web")), drill.settled()
     assert expected != before
-    for one in crashes(source, points, ["build", "-j", "4"], RESULTS | {"discard: record deleted"}):
+    for one in crashes(source, points, ["build", "-j", "4"], RESULTS | {"discard: renamed"}):
         assert sha256_of(one.output("web")) in {before, expected}
         assert one.build().image("web")["sha256"] == expected == sha256_of(one.output("web"))
         assert one.settled() == clean

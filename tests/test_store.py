@@ -397,3 +397,24 @@ def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="Not a directory"), Store(tmp_path / "cache").building(KEY):
         pytest.fail("it was not locked")
     assert Store(tmp_path / "cache").find(KEY) is None
+
+
+def test_what_is_discarded_while_it_is_looked_at_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A blob is dropped by whoever unpacked it, while others may ask for it."""
+    store, other = Store(tmp_path / "cache"), Store(tmp_path / "cache")
+    build(store)
+    read = Store._read
+
+    def read_and_lose(self: Store, key: Digest) -> object:
+        record = read(self, key)
+        other.discard(key)
+        return record
+
+    monkeypatch.setattr(Store, "_read", read_and_lose)
+    assert store.find(KEY) is None
+    assert list(store.notices.take()) == []
+    assert list((tmp_path / "cache" / "tmp").iterdir()) == []
+    store.close()
+    other.close()
