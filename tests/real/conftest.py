@@ -21,6 +21,7 @@ WEB_BUFFER_MB = 100
 SCIENCE_BUFFER_MB = 37
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark everything in this folder; run it last, or in one of several processes from the beginning."""
     here = Path(__file__).parent

@@ -66,16 +66,16 @@ def loop_devices() -> str:
     return subprocess.run(["losetup", "-a"], env={"PATH": PATH}, capture_output=True, text=True, check=True).stdout
 
 
-def held_by_us() -> list[str]:
-    """Return the mounts of image files in any mount namespace, and the loop devices of our folders."""
+def held_by_us(below: Path) -> list[str]:
+    """Return the mounts of image files in any mount namespace, and the loop devices, of builds below a folder."""
     mounts = {
         line
         for process in Path("/proc").iterdir()
         if process.name.isdigit()
         for line in _lines(process / "mounts")
-        if "/tmp/" in line and "/mnt " in line
+        if f"{below}/" in line and "/mnt " in line
     }
-    return [*mounts, *(line for line in loop_devices().splitlines() if "/tmp/" in line and "image" in line)]
+    return [*mounts, *(line for line in loop_devices().splitlines() if f"{below}/" in line and "image" in line)]
 
 
 def _lines(path: Path) -> list[str]:
@@ -107,7 +107,7 @@ def test_a_real_image(place: Workspace, reference: References, kind: str) -> Non
         assert compare_trees(expected.root, root, added=(*ADDED, "srv/page"), unstamped=expected.unstamped) == []
         assert (root / "srv/page").read_text() == "first\n"
     assert place.fledge("verify", kind).code == 0
-    assert held_by_us() == []
+    assert held_by_us(place.root.parent) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -225,7 +225,7 @@ def test_what_xfs_cannot_hold_is_named(folder: Path) -> None:
     result = place.fledge("build")
     assert result.code == 1
     assert "error: mkfs:long: /link: cannot be written: File name too long" in result.stderr
-    assert held_by_us() == [] and place.leftovers() == []
+    assert held_by_us(folder) == [] and place.leftovers() == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -238,13 +238,13 @@ def test_nothing_is_left_of_a_killed_build(folder: Path, images: Images, registr
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not held_by_us():
+    while not held_by_us(folder):
         assert process.poll() is None and time.monotonic() < deadline
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 20
-    while held_by_us():
-        assert time.monotonic() < deadline, held_by_us()
+    while held_by_us(folder):
+        assert time.monotonic() < deadline, held_by_us(folder)
         time.sleep(0.05)
     place.build()
     assert [path for path in place.leftovers() if "build" not in path.parts] == []
