@@ -32,7 +32,9 @@ demo: setup demo-tools $(HELLO)/layouts/hello
 	@echo "Now change $(HELLO)/motd, a mapped file, and run make demo again."
 
 test: setup test-tools
-	$(AS_ROOT) env FLEDGE_REQUIRE_TOOLS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+# First what shares images, a registry and daemons, one test after the other; then all others on all processors.
+	$(AS_ROOT) env FLEDGE_REQUIRE_TOOLS=1 $(BIN)/python -m pytest tests/real
+	$(AS_ROOT) env FLEDGE_REQUIRE_TOOLS=1 $(BIN)/python -m pytest -n auto --ignore tests/real
 
 test-pythons: test-tools
 	@failed=; for python in $(PYTHONS); do \

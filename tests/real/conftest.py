@@ -21,15 +21,13 @@ WEB_BUFFER_MB = 100
 SCIENCE_BUFFER_MB = 37
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark everything in this folder; run it last, or in one of several processes from the beginning."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark everything in this folder, and run it last."""
     here = Path(__file__).parent
     for item in items:
         if item.path.is_relative_to(here):
             item.add_marker("real")
-            item.add_marker(pytest.mark.xdist_group("real"))  # what they share is costly
-    items.sort(key=lambda item: item.path.is_relative_to(here), reverse=hasattr(config, "workerinput"))
+    items.sort(key=lambda item: item.path.is_relative_to(here))
 
 
 @dataclass(frozen=True)
