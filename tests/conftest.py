@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import pytest
+
+from fledge_tasks import index as index_module
+from fledge_tasks.digest import sha256_file
 
 _SETTINGS = ("FLEDGE_CACHE_DIR", "FLEDGE_AGENT_BASE_URL", "SOURCE_DATE_EPOCH", "REGISTRY_AUTH_FILE", "DOCKER_HOST")
 
@@ -13,6 +17,19 @@ _SETTINGS = ("FLEDGE_CACHE_DIR", "FLEDGE_AGENT_BASE_URL", "SOURCE_DATE_EPOCH", "
 def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in _SETTINGS:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that were really read."""
+    seen: list[Path] = []
+
+    def recording(path: Path) -> str:
+        seen.append(path)
+        return sha256_file(path)
+
+    monkeypatch.setattr(index_module, "sha256_file", recording)
+    return seen
 
 
 def pytest_configure() -> None:

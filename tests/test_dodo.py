@@ -12,14 +12,11 @@ from pathlib import Path
 import pytest
 
 from fledge_tasks.digest import short
-from tests.layers import Member, folder
-from tests.layouts import Layout, Place
+from tests.dodos import BASE, MORE, make_place
+from tests.layouts import Layout
 from tests.test_cli import slow, wait_for
 from tests.tools import need, need_root
 from tests.workspaces import Workspace, processes_about, sha256_of
-
-BASE = [folder("bin"), Member("bin/app", b"\x7fELF" + bytes(20_000), mode=0o755)]
-MORE = [folder("etc"), Member("etc/motd", b"hello\n")]
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("FLEDGE_REQUIRE_TOOLS") != "1"
@@ -31,12 +28,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
     """A workspace of two images on one base, with a dodo.py, not built yet."""
-    need("mke2fs")
-    place = Place(tmp_path / "w", tmp_path / "home")
-    place.add_layout("web", BASE, MORE, mappings={"conf": "/srv/conf"})
-    place.add_layout("api", BASE)
-    (place.root / "web" / "conf").write_text("one\n")
-    (place.root / "dodo.py").write_text("from fledge_tasks.dodo import *\n")
+    place = make_place(tmp_path)
     return Workspace(place.root, place.home)
 
 

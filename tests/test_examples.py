@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fledge_tasks import workspace as workspaces
 from tests.tools import need
-from tests.workspaces import REPOSITORY, Workspace, sha256_of
+from tests.workspaces import REPOSITORY, Workspace, doit, sha256_of
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +31,6 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(examples: Path, tmp_path: Path) -> Path:
     shutil.copytree(examples, tmp_path / "examples")
     return tmp_path / "examples"
-
-
-def doit(workspace: Workspace, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "doit", *arguments],
-        cwd=workspace.root,
-        env=workspace.environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_hello(copy: Path, tmp_path: Path) -> None:

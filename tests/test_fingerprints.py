@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fledge_tasks import index as index_module
 from fledge_tasks import workspace
-from fledge_tasks.digest import sha256_bytes, sha256_file
+from fledge_tasks.digest import sha256_bytes
 from fledge_tasks.index import FileDigests, Index
 from fledge_tasks.mappings import expand
 from fledge_tasks.plan import Planner
@@ -50,19 +49,6 @@ class Clock:
         times = {"st_atime_ns": found.st_atime_ns, "st_mtime_ns": found.st_mtime_ns, "st_ctime_ns": found.st_mtime_ns}
         seconds = (int(found.st_mtime),) * 3
         return os.stat_result((*tuple(found)[:7], *seconds), times)
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that were really read."""
-    seen: list[Path] = []
-
-    def recording(path: Path) -> str:
-        seen.append(path)
-        return sha256_file(path)
-
-    monkeypatch.setattr(index_module, "sha256_file", recording)
-    return seen
 
 
 @pytest.fixture

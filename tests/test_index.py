@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fledge_tasks import index as index_module
-from fledge_tasks.digest import sha256_bytes, sha256_file
+from fledge_tasks.digest import sha256_bytes
 from fledge_tasks.index import FileDigests, Index, signature
 
 OLD_NS = 1_600_000_000 * 10**9
@@ -38,19 +38,6 @@ def digest_of(index: Index, monkeypatch: pytest.MonkeyPatch) -> FileDigests:
     """Digests that trust a file at once when its mtime is old: ctime cannot be set, and a test cannot wait."""
     monkeypatch.setattr(index_module, "_RACY_SECONDS", -1e9)
     return FileDigests(index)
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that were really read."""
-    seen: list[Path] = []
-
-    def recording(path: Path) -> str:
-        seen.append(path)
-        return sha256_file(path)
-
-    monkeypatch.setattr(index_module, "sha256_file", recording)
-    return seen
 
 
 def test_values_come_back(index: Index) -> None:

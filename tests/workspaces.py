@@ -96,10 +96,14 @@ class Workspace:
 
     def fledge(self, *arguments: str, timeout: float = 300) -> Result:
         """Run `fledge` to its end."""
+        return self.run(self.command(*arguments), Path("/"), timeout)
+
+    def run(self, command: Sequence[str], cwd: Path, timeout: float) -> Result:
+        """Run any command in the environment of this workspace to its end."""
         done = subprocess.run(
-            self.command(*arguments),
+            command,
             env=self.environment(),
-            cwd="/",
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -118,6 +122,13 @@ class Workspace:
         """Return the files below the build folder and in the cache's folders of unfinished work."""
         places = [self.root / "build", (self.cache or self.root / "cache") / "tmp"]
         return [path for place in places for path in place.rglob("*") if not path.is_dir()]
+
+
+def doit(workspace: Workspace, *arguments: str) -> str:
+    """Run doit in a workspace, which must succeed, and return what it printed."""
+    result = workspace.run([*workspace.prefix, sys.executable, "-m", "doit", *arguments], workspace.root, 120)
+    assert result.code == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def processes_about(path: Path) -> list[str]:
