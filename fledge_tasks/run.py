@@ -22,6 +22,11 @@ from fledge_tasks import interrupt
 from fledge_tasks.errors import CommandError, ToolError
 
 STDERR_TAIL_BYTES = 4096
+_PACKAGES = {
+    "mke2fs": "e2fsprogs", "e2fsck": "e2fsprogs",
+    "mkfs.xfs": "xfsprogs", "xfs_growfs": "xfsprogs", "xfs_repair": "xfsprogs",
+    "mkfs.btrfs": "btrfs-progs", "btrfs": "btrfs-progs", "btrfstune": "btrfs-progs",
+}  # fmt: skip
 _TERMINATE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
@@ -112,8 +117,7 @@ def run(
 def package_of(program: str) -> str:
     """Return the Debian package that holds a program of ours."""
     name = Path(program).name
-    packages = {"mke2fs": "e2fsprogs", "e2fsck": "e2fsprogs", "mkfs.xfs": "xfsprogs", "mkfs.btrfs": "btrfs-progs"}
-    return packages.get(name, name)
+    return _PACKAGES.get(name, name)
 
 
 def _begin() -> None:

@@ -48,7 +48,8 @@ def test_missing_program() -> None:
 
 def test_package_names() -> None:
     assert package_of("/usr/sbin/mke2fs") == "e2fsprogs"
-    assert package_of("mkfs.xfs") == "xfsprogs"
+    assert package_of("mkfs.xfs") == package_of("xfs_repair") == package_of("xfs_growfs") == "xfsprogs"
+    assert package_of("btrfs") == package_of("btrfstune") == package_of("mkfs.btrfs") == "btrfs-progs"
     assert package_of("skopeo") == "skopeo"
 
 

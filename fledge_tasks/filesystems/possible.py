@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fledge_tasks.errors import FilesystemError
 from fledge_tasks.index import Index
+from fledge_tasks.run import package_of
 from fledge_tasks.tools import BTRFS, BTRFSTUNE, MKE2FS, MKFS_BTRFS, MKFS_XFS, XFS_GROWFS, Tool
 
 MAKERS = {"ext4": ("e2fsprogs", MKE2FS), "xfs": ("xfsprogs", MKFS_XFS), "btrfs": ("btrfs-progs", MKFS_BTRFS)}
@@ -56,7 +57,7 @@ def _check_tool(kind: str, tool: Tool) -> None:
     if tool.path is None:
         raise FilesystemError(
             f"{kind} images need {tool.name}, which is not installed (not found on PATH)",
-            hint=f"install it, for example: sudo apt-get install {MAKERS[kind][0]}",
+            hint=f"install it, for example: sudo apt-get install {package_of(tool.name)}",
         )
 
 
