@@ -57,9 +57,13 @@ def verify(context: Context, images: tuple[str, ...], manifest: Path | None, as_
     verified = []
     if names or not images:
         planner = context.planner()
-        for image in planner.workspace.select(names):
-            with _busy(image.name):
-                verified.append(_verify_image(planner, image))
+        try:
+            for image in planner.workspace.select(names):
+                planner.hold(image)  # no clean-up takes its layers away meanwhile
+                with _busy(image.name):
+                    verified.append(_verify_image(planner, image))
+        finally:
+            planner.store.close()
     for file in files:
         with _busy(str(file)):
             verified.append(_verify_file(context, file, manifest or file.with_name(MANIFEST_NAME)))
