@@ -209,6 +209,8 @@ class Graph:
 
     def _missing_filesystem(self, image: ImageConfig) -> None:
         self._missing(image)
+        if image.filesystem.type != "ext4":
+            return
         from fledge_tasks.filesystems import ext4
 
         with contextlib.suppress(FledgeError):  # mkfs will say it
