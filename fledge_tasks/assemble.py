@@ -21,7 +21,7 @@ import zstandard
 from fledge_tasks.digest import CHUNK_BYTES, Digest
 from fledge_tasks.errors import StoreError
 from fledge_tasks.filesystems.skeleton import BLOCK_BYTES, ImageMap
-from fledge_tasks.fsutil import RangeCopier, pwrite_all, remove_stale, replacing
+from fledge_tasks.fsutil import RangeCopier, opened, pwrite_all, remove_stale, replacing
 
 _ZERO = bytes(CHUNK_BYTES)
 _HOLE, _SKELETON = -1, -2
@@ -56,10 +56,7 @@ def assemble(
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(target)
     with contextlib.ExitStack() as stack:
-        sources: dict[int, int] = {}
-        for number in sorted(image_map.sources()):
-            sources[number] = os.open(payloads[number], os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, sources[number])
+        sources = stack.enter_context(opened({number: payloads[number] for number in sorted(image_map.sources())}))
         _check_lengths(image_map, sources)
         fd = stack.enter_context(replacing(target))
         os.ftruncate(fd, image_map.image_bytes)

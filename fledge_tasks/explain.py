@@ -18,7 +18,7 @@ from fledge_tasks.errors import FledgeError
 from fledge_tasks.plan import ImagePlan, Layer, Planner
 from fledge_tasks.usage import Made
 
-_LINE = re.compile(r"(?P<field>[a-z_.]+)(?:\[(?P<number>[0-9]+)\])?(?:\.(?P<below>[a-z_]+))? = (?P<value>.*)")
+_LINE = re.compile(r"([a-z_.]+)(?:\[([0-9]+)\])?(?:\.([a-z_]+))? = (.*)")  # field, number, field below, value
 _ORIGINS = {
     "buffer_mib": "[filesystem] size_buffer_mb", "type": "[filesystem] type", "preallocate": "[filesystem] preallocate",
     "epoch": "SOURCE_DATE_EPOCH, else the image's 'created'", "tools": "the host's tools", "config": "the OCI config",
@@ -186,10 +186,6 @@ def _changes(
 
 def _shown(value: str) -> str:
     text = value.strip('"')
-    return (
-        f"{text[:19]}..."
-        if re.fullmatch(r"sha256:[0-9a-f]{64}", text)
-        else value
-        if len(value) <= 80
-        else f"{value[:77]}..."
-    )
+    if re.fullmatch(r"sha256:[0-9a-f]{64}", text):
+        return f"{text[:19]}..."
+    return value if len(value) <= 80 else f"{value[:77]}..."

@@ -15,10 +15,13 @@ import os
 import secrets
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from fledge_tasks.errors import StoreError
+
+_K = TypeVar("_K")
 
 TEMP_PREFIX = ".fledge-tmp-"
 _FICLONERANGE = 0x4020940D
@@ -262,6 +265,17 @@ def _clone(source: int, target: int, source_offset: int, target_offset: int, len
             return False
         raise
     return True
+
+
+@contextlib.contextmanager
+def opened(paths: Mapping[_K, Path]) -> Iterator[dict[_K, int]]:
+    """Yield descriptors for reading of all these files. Raises OSError."""
+    with contextlib.ExitStack() as stack:
+        descriptors: dict[_K, int] = {}
+        for key, path in paths.items():
+            descriptors[key] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, descriptors[key])
+        yield descriptors
 
 
 class RangeCopier:

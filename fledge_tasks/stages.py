@@ -169,16 +169,15 @@ def mkfs(planner: Planner, plan: ImagePlan) -> Values:
     """Merge all layers and the customization, and make the filesystem without its file data."""
     store, key = planner.store, plan.mkfs.key()
     with store.building(key), collector.paused():
-        customization = _customize(store, plan)
+        _customize(store, plan)
         if store.find(key) is not None:
             return HIT
-        sources = [*_unpacked(store, plan), customization]
+        sources = sources_of(store, plan)
         root = merged(plan, sources)
         possible.check(plan.mkfs.type)
         with store.staging(key) as folder, store.staging(key) as scratch:
             image = scratch / "image"
-            payloads = {number: entry.file(PAYLOAD) for number, entry in enumerate(sources)}
-            filled = backend(plan.mkfs.type).make(root, _parameters(plan), payloads, image, scratch)
+            filled = backend(plan.mkfs.type).make(root, _parameters(plan), payloads_of(sources), image, scratch)
             made = skeleton.save(image, filled.extents, folder / SKELETON, folder / MAP)
             info = {"image_bytes": made.image_bytes, "free_bytes": filled.free_bytes, "free_inodes": filled.free_inodes}
             entry = _publish(store, plan.mkfs, folder, info=info)
@@ -203,6 +202,11 @@ def sources_of(store: Store, plan: ImagePlan) -> list[Entry]:
     return [*_unpacked(store, plan), customization]
 
 
+def payloads_of(sources: Sequence[Entry]) -> dict[int, Path]:
+    """Return the payloads of sources by the numbers that trees and maps of extents have for them."""
+    return {number: entry.file(PAYLOAD) for number, entry in enumerate(sources)}
+
+
 def _parameters(plan: ImagePlan) -> Parameters:
     identity = uuid.UUID(plan.mkfs.uuid)
     return Parameters(
@@ -223,13 +227,12 @@ def _unpacked(store: Store, plan: ImagePlan) -> list[Entry]:
     return entries
 
 
-def _customize(store: Store, plan: ImagePlan) -> Entry:
-    """Return the customization layer: OCI config, agent, mappings, in this order."""
+def _customize(store: Store, plan: ImagePlan) -> None:
+    """Make the customization layer if it is not there: OCI config, agent, mappings, in this order."""
     key, epoch_ns = plan.customize.key(), plan.customize.epoch * 1_000_000_000
     with store.building(key):
-        entry = store.find(key)
-        if entry is not None:
-            return entry
+        if store.find(key) is not None:
+            return
         config = store.find(plan.config.key())
         if config is None:
             raise _gone("the OCI config")
@@ -251,7 +254,7 @@ def _customize(store: Store, plan: ImagePlan) -> Entry:
                         entries.add(each)
                 _, checksum = writer.close()
                 entries.close()
-            return _publish(store, plan.customize, folder, known={PAYLOAD: checksum})
+            _publish(store, plan.customize, folder, known={PAYLOAD: checksum})
 
 
 def _agent_file(store: Store, plan: ImagePlan) -> Path:
@@ -288,7 +291,7 @@ def assemble(planner: Planner, plan: ImagePlan) -> Values:
             assembled = assemble_image(
                 image_map,
                 made.file(SKELETON),
-                {number: entry.file(PAYLOAD) for number, entry in enumerate(sources)},
+                payloads_of(sources),
                 plan.output,
                 preallocate=plan.assemble.preallocate,
                 advance=progress.add,

@@ -49,6 +49,8 @@ _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# This folder holds a fledg
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """entry.json."""
+
     format: int
     stage: str
     key_text: str

@@ -141,9 +141,9 @@ class _Merger:
         found = self._find(head)
         target = found[0].children.get(name) if found and found[0].children else None
         if target is None:
-            raise self._error(entry.path, f"is a hard link to {_show(entry.link)}, which does not exist")
+            raise self._error(entry.path, f"is a hard link to {show(entry.link)}, which does not exist")
         if target.children is not None:
-            raise self._error(entry.path, f"is a hard link to {_show(entry.link)}, which is a folder")
+            raise self._error(entry.path, f"is a hard link to {show(entry.link)}, which is a folder")
         return target
 
     def _ensure_directory(self, entry: Entry) -> None:
@@ -249,7 +249,7 @@ class _Merger:
                     raise _MissingError
                 if inode is not None or parent.children is None:
                     blocked = b"/".join(names[:depth])
-                    way = "" if blocked == path else f"leads through {_show(blocked)}, which "
+                    way = "" if blocked == path else f"leads through {show(blocked)}, which "
                     raise self._error(path, f"{way}is not a folder")
                 inode = stack[depth] = self._implicit(b"/".join(names[:depth]))
                 parent.children[name] = inode
@@ -264,12 +264,13 @@ class _Merger:
         return Inode(Entry(path, Kind.DIRECTORY, _DIRECTORY_MODE, mtime_ns=self._default_mtime_ns), self._source)
 
     def _error(self, path: bytes, message: str, hint: str | None = None) -> TreeError:
-        return TreeError(f"{_show(path)} {message}", where=self._layer.name, hint=hint)
+        return TreeError(f"{show(path)} {message}", where=self._layer.name, hint=hint)
 
 
 class _MissingError(Exception):
     pass
 
 
-def _show(path: bytes) -> str:
+def show(path: bytes) -> str:
+    """Return a path of an image for messages, absolute."""
     return "/" + path.lstrip(b"/").decode(errors="backslashreplace")

@@ -16,7 +16,7 @@ import datetime
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 
@@ -47,7 +47,16 @@ class Made(msgspec.Struct, frozen=True):
         return {key for keys in self.keys.values() for key in keys}
 
 
-class Counts(msgspec.Struct):
+class Sums(msgspec.Struct):
+    """Numbers that can be added up."""
+
+    def add(self, other: Self) -> None:
+        """Add the numbers of `other`."""
+        for field in self.__struct_fields__:
+            setattr(self, field, round(getattr(self, field) + getattr(other, field), 3))
+
+
+class Counts(Sums):
     """What builds did: stages found and made, seconds and bytes that those saved and these took.
 
     What a stage saves is what it took to make, for each image that needs it: what it would take
@@ -60,11 +69,6 @@ class Counts(msgspec.Struct):
     seconds_saved: float = 0.0
     bytes_built: int = 0
     bytes_saved: int = 0
-
-    def add(self, other: Counts) -> None:
-        """Add the numbers of `other`."""
-        for field in self.__struct_fields__:
-            setattr(self, field, round(getattr(self, field) + getattr(other, field), 3))
 
 
 def record(planner: Planner, images: Iterable[ImageConfig], missed: Mapping[str, bool]) -> None:
@@ -92,8 +96,7 @@ def record(planner: Planner, images: Iterable[ImageConfig], missed: Mapping[str,
 
 def _note(store: Store, planner: Planner, plan: ImagePlan, missed: Mapping[str, bool], built: set[str]) -> Counts:
     """Note what an image is made of, and return its counts; `built` are the tasks that others have counted."""
-    name = f"image:{planner.workspace.lock}:{plan.image.name}"
-    made = _decoded(store.index.get(name), Made)
+    made = made_image(planner, plan.image)
     now = int(time.time())
     tasks = list(_tasks(plan))
     is_changed = any(missed.get(task) for task, _ in tasks)
@@ -102,7 +105,7 @@ def _note(store: Store, planner: Planner, plan: ImagePlan, missed: Mapping[str, 
         if not isinstance(written, output.Written):
             return Counts()  # it failed, or was not asked for
         made = _made(store, planner, plan, now)
-        store.index.set(name, msgspec.to_builtins(made))
+        store.index.set(_name(planner, plan.image), msgspec.to_builtins(made))
         for used in made.all_keys():
             store.touch(used)
     if not is_changed:
@@ -120,19 +123,17 @@ def _note(store: Store, planner: Planner, plan: ImagePlan, missed: Mapping[str, 
 
 def made_images(index: Index) -> dict[str, Made]:
     """Return what is noted of images, by '<lock file>:<name>'."""
-    noted = {name: _decoded(value, Made) for name, value in index.items("image").items()}
-    return {name: made for name, made in noted.items() if made is not None}
+    return _all_noted(index, "image", Made)
 
 
 def made_image(planner: Planner, image: ImageConfig) -> Made | None:
     """Return what is noted of one image."""
-    return _decoded(planner.store.index.get(f"image:{planner.workspace.lock}:{image.name}"), Made)
+    return _decoded(planner.store.index.get(_name(planner, image)), Made)
 
 
 def days(index: Index) -> dict[str, Counts]:
     """Return what was counted, by day."""
-    noted = {day: _decoded(value, Counts) for day, value in sorted(index.items("day").items())}
-    return {day: counts for day, counts in noted.items() if counts is not None}
+    return _all_noted(index, "day", Counts)
 
 
 def lock_path(name: str) -> Path:
@@ -183,6 +184,15 @@ def _cost(store: Store, plan: ImagePlan, key: Digest | None) -> tuple[float, int
         return (written.seconds, written.size) if isinstance(written, output.Written) else (0.0, 0)
     entry = store.look(key)
     return (entry.cost_seconds, entry.size) if entry else (0.0, 0)
+
+
+def _name(planner: Planner, image: ImageConfig) -> str:
+    return f"image:{planner.workspace.lock}:{image.name}"
+
+
+def _all_noted(index: Index, kind: str, type_: type[_T]) -> dict[str, _T]:
+    noted = {name: _decoded(value, type_) for name, value in sorted(index.items(kind).items())}
+    return {name: value for name, value in noted.items() if value is not None}
 
 
 def _decoded(value: Any, kind: type[_T]) -> _T | None:

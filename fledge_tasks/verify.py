@@ -20,9 +20,10 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 from fledge_tasks.digest import sha256_file
 from fledge_tasks.errors import CommandError, FilesystemError
 from fledge_tasks.filesystems import ext4, ext4_inode, ext4_read, mounted_read
-from fledge_tasks.filesystems.ext4_read import BLOCK_BYTES, Found
+from fledge_tasks.filesystems.ext4_read import Found
 from fledge_tasks.filesystems.libext2fs import Extent
-from fledge_tasks.oci.layer_index import Entry, Kind, Run, file_runs
+from fledge_tasks.fsutil import opened
+from fledge_tasks.oci.layer_index import BLOCK_BYTES, Entry, Kind, Run, file_runs
 from fledge_tasks.run import run
 from fledge_tasks.tree import Inode
 
@@ -96,11 +97,7 @@ def compare_tree(
         except FilesystemError as error:
             yield Difference("", str(error))
             return
-        sources: dict[int, int] = {}
-        for number, path in payloads.items():
-            sources[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, sources[number])
-        yield from _Comparison(found, sources).walk(root)
+        yield from _Comparison(found, stack.enter_context(opened(payloads))).walk(root)
 
 
 def _opened(image: Path, kind: str) -> AbstractContextManager[FoundImage]:

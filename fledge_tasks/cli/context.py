@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from fledge_tasks import workspace
-from fledge_tasks.config import ImageConfig
 from fledge_tasks.errors import ConfigError, InputError
 from fledge_tasks.plan import Planner
 from fledge_tasks.store import Store
@@ -66,8 +65,3 @@ def jobs_option(function: Callable[..., object]) -> Callable[..., object]:
     return click.option(
         "-j", "jobs", type=click.IntRange(1, 256), default=count, metavar="N", help=f"Jobs at once; default: {count}."
     )(function)
-
-
-def select(planner: Planner, names: Sequence[str]) -> tuple[ImageConfig, ...]:
-    """Return the images of these names. Raises InputError."""
-    return planner.workspace.select(names)

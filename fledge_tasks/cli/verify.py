@@ -141,8 +141,9 @@ def _plan(planner: Planner, image: ImageConfig) -> ImagePlan:
 
 def _compare(planner: Planner, plan: ImagePlan, file: Path) -> Iterator[Difference]:
     sources = stages.sources_of(planner.store, plan)
-    payloads = {number: entry.file(stages.PAYLOAD) for number, entry in enumerate(sources)}
-    return compare_tree(file, stages.merged(plan, sources), payloads, plan.mkfs.epoch, plan.mkfs.type)
+    return compare_tree(
+        file, stages.merged(plan, sources), stages.payloads_of(sources), plan.mkfs.epoch, plan.mkfs.type
+    )
 
 
 @contextlib.contextmanager

@@ -13,13 +13,13 @@ from fledge_tasks.filesystems import mounted
 from fledge_tasks.filesystems.loopmount import Mount
 from fledge_tasks.filesystems.mounted import Content
 from fledge_tasks.filesystems.parameters import Filled, Parameters
+from fledge_tasks.oci.layer_index import BLOCK_BYTES
 from fledge_tasks.run import run
 from fledge_tasks.tree import Inode
 
 MIN_BYTES = 109 << 20
 """What mkfs.btrfs makes at least (btrfs-progs 6.2)."""
 
-_BLOCK_BYTES = 4096
 _CHECKSUM_BYTES = 4  # of each block of data
 _ITEM_BYTES = 25 + 2 * 25 + 16  # struct btrfs_item, and the keys of a name, which is there twice
 _CHUNK = re.compile(r"CHUNK_ITEM (\d+)\).*?length (\d+).*?stripe 0 devid 1 offset (\d+)", re.DOTALL)
@@ -40,7 +40,7 @@ def make(root: Inode, parameters: Parameters, payloads: Mapping[int, Path], imag
 
 def estimate(content: Content) -> int:
     """Return the bytes that a tree takes: data with its checksums, and items in nodes that are half full."""
-    data = content.blocks * (_BLOCK_BYTES + 2 * _CHECKSUM_BYTES)
+    data = content.blocks * (BLOCK_BYTES + 2 * _CHECKSUM_BYTES)
     items = content.inodes * (160 + _ITEM_BYTES) + content.runs * (2 * 53 + 2 * _ITEM_BYTES)
     names = 3 * content.name_bytes + 2 * content.xattr_bytes + content.inodes * 2 * _ITEM_BYTES
     return data + 2 * (items + names)

@@ -6,11 +6,10 @@ Numbers are little endian.
 
 from __future__ import annotations
 
-import stat
 import struct
 from collections.abc import Callable, Sequence
 
-from fledge_tasks.oci.layer_index import Entry, Kind
+from fledge_tasks.oci.layer_index import FILE_TYPES, Entry, Kind
 
 BLOCK_BYTES = 4096
 FLAG_EXTENTS, FLAG_INDEX = 0x80000, 0x1000
@@ -22,15 +21,6 @@ NODE_ENTRIES = (BLOCK_BYTES - 12 - 4) // 12  # header at the start, checksum at 
 Extent = tuple[int, int, int]
 """(first block inside the file, first block on the disk, number of blocks <= 32768)"""
 
-_TYPES = {
-    Kind.FILE: stat.S_IFREG,
-    Kind.DIRECTORY: stat.S_IFDIR,
-    Kind.SYMLINK: stat.S_IFLNK,
-    Kind.CHAR_DEVICE: stat.S_IFCHR,
-    Kind.BLOCK_DEVICE: stat.S_IFBLK,
-    Kind.FIFO: stat.S_IFIFO,
-    Kind.SOCKET: stat.S_IFSOCK,
-}
 _FIRST = struct.Struct("<HHIIIIIHHIII")
 _REST = struct.Struct("<60sIIIIHHHHHHHHIIIIIII")
 _HEADER = struct.Struct("<HHHHI")
@@ -66,7 +56,7 @@ def inode(
     """
     mtime, mtime_extra = timestamp(entry.mtime_ns)
     sectors = blocks * (BLOCK_BYTES // 512)
-    mode = _TYPES[entry.kind] | (0o777 if entry.kind is Kind.SYMLINK else entry.mode)
+    mode = FILE_TYPES[entry.kind] | (0o777 if entry.kind is Kind.SYMLINK else entry.mode)
     first = _FIRST.pack(
         mode, entry.uid & 0xFFFF, size & 0xFFFFFFFF, mtime, changed[0], mtime, 0,
         entry.gid & 0xFFFF, links, sectors & 0xFFFFFFFF, flags, 0,

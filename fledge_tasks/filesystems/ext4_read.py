@@ -16,24 +16,15 @@ from pathlib import Path
 
 from fledge_tasks.errors import FilesystemError
 from fledge_tasks.filesystems.libext2fs import Ext2Reader, Extent, opened_for_reading
-from fledge_tasks.oci.layer_index import Kind
+from fledge_tasks.oci.layer_index import BLOCK_BYTES, FILE_TYPES, Kind
 
-BLOCK_BYTES = 4096
 ROOT = 2
 _FLAG_EXTENTS = 0x80000
 _POSIX_ACL = b"system.posix_acl_"
 _ACL_ENTRY = struct.Struct("<HHI")
 _ACL_WITH_ID = {0x02, 0x08}  # ACL_USER, ACL_GROUP
 _ACL_NO_ID = 0xFFFFFFFF
-KINDS = {
-    stat.S_IFREG: Kind.FILE,
-    stat.S_IFDIR: Kind.DIRECTORY,
-    stat.S_IFLNK: Kind.SYMLINK,
-    stat.S_IFCHR: Kind.CHAR_DEVICE,
-    stat.S_IFBLK: Kind.BLOCK_DEVICE,
-    stat.S_IFIFO: Kind.FIFO,
-    stat.S_IFSOCK: Kind.SOCKET,
-}
+KINDS = {file_type: kind for kind, file_type in FILE_TYPES.items()}
 # struct ext2_dir_entry's file type, 'Linear (Classic) Directories' in the ext4 documentation.
 _TYPES = {1: Kind.FILE, 2: Kind.DIRECTORY, 3: Kind.CHAR_DEVICE, 4: Kind.BLOCK_DEVICE, 5: Kind.FIFO, 6: Kind.SOCKET,
           7: Kind.SYMLINK}  # fmt: skip

@@ -12,18 +12,15 @@ import errno
 import fcntl
 import os
 import resource
-import stat
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from fledge_tasks.errors import FilesystemError
 from fledge_tasks.fsutil import pwrite_all
-from fledge_tasks.oci.layer_index import BLOCK_BYTES, Entry, Kind, file_runs
-from fledge_tasks.tree import Inode
+from fledge_tasks.oci.layer_index import BLOCK_BYTES, FILE_TYPES, Entry, Kind, file_runs
+from fledge_tasks.tree import Inode, show
 
-_NODES = {Kind.CHAR_DEVICE: stat.S_IFCHR, Kind.BLOCK_DEVICE: stat.S_IFBLK, Kind.FIFO: stat.S_IFIFO,
-          Kind.SOCKET: stat.S_IFSOCK}  # fmt: skip
 _CHUNK_BYTES = 1 << 20
 # Linux Documentation/filesystems/fiemap: struct fiemap, struct fiemap_extent and their flags.
 _FS_IOC_FIEMAP = 0xC020660B
@@ -118,7 +115,7 @@ def _make(folder: int, name: bytes, inode: Inode, sources: Mapping[int, int]) ->
     if entry.kind is Kind.SYMLINK:
         os.symlink(entry.link, name, dir_fd=folder)
     else:
-        os.mknod(name, _NODES[entry.kind] | 0o600, os.makedev(*entry.rdev), dir_fd=folder)
+        os.mknod(name, FILE_TYPES[entry.kind] | 0o600, os.makedev(*entry.rdev), dir_fd=folder)
     os.chown(name, entry.uid, entry.gid, dir_fd=folder, follow_symlinks=False)
     for attribute, value in entry.xattrs.items():
         # There is no setxattrat(2) yet; the folder is named by its descriptor, so no link is followed.
@@ -192,8 +189,4 @@ def _raise_file_limit() -> None:
 
 def _refused(error: OSError, path: bytes) -> FilesystemError:
     kind = FullError if error.errno in {errno.ENOSPC, errno.EDQUOT} else FilesystemError
-    return kind(f"cannot be written: {error.strerror}", where=_show(path))
-
-
-def _show(path: bytes) -> str:
-    return "/" + path.decode(errors="backslashreplace")
+    return kind(f"cannot be written: {error.strerror}", where=show(path))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from fledge_tasks.filesystems.fill import Place
 from fledge_tasks.filesystems.loopmount import Mount
 from fledge_tasks.filesystems.parameters import Filled, Parameters
 from fledge_tasks.filesystems.skeleton import ImageExtent
+from fledge_tasks.fsutil import opened
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, Kind, file_runs
 from fledge_tasks.tree import Inode, walk
 
@@ -83,11 +84,7 @@ def make(
     size = max(kind.min_bytes, _rounded(needed + room))
     at = scratch / "mnt"
     at.mkdir()
-    with ExitStack() as stack:
-        sources = {}
-        for number, path in payloads.items():
-            sources[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, sources[number])
+    with opened(payloads) as sources:
         for _ in range(_ATTEMPTS):
             image.unlink(missing_ok=True)
             fd = os.open(image, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

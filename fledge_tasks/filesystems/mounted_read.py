@@ -14,10 +14,10 @@ from pathlib import Path
 
 from fledge_tasks.errors import FilesystemError
 from fledge_tasks.filesystems import loopmount
-from fledge_tasks.filesystems.ext4_read import BLOCK_BYTES, KINDS, Found
+from fledge_tasks.filesystems.ext4_read import KINDS, Found
 from fledge_tasks.filesystems.libext2fs import Extent
 from fledge_tasks.fsutil import data_ranges
-from fledge_tasks.oci.layer_index import Kind
+from fledge_tasks.oci.layer_index import BLOCK_BYTES, Kind
 
 _OPTIONS = {"xfs": "ro,norecovery,nouuid", "btrfs": "ro"}
 

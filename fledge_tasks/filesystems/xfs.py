@@ -10,6 +10,7 @@ from fledge_tasks.filesystems import mounted
 from fledge_tasks.filesystems.loopmount import Mount
 from fledge_tasks.filesystems.mounted import Content
 from fledge_tasks.filesystems.parameters import Filled, Parameters
+from fledge_tasks.oci.layer_index import BLOCK_BYTES
 from fledge_tasks.run import run
 from fledge_tasks.tree import Inode
 
@@ -17,7 +18,6 @@ MIN_BYTES = 300 << 20
 """What mkfs.xfs makes at least since xfsprogs 5.19."""
 
 _INODE_BYTES = 512
-_BLOCK_BYTES = 4096
 
 
 def make(root: Inode, parameters: Parameters, payloads: Mapping[int, Path], image: Path, scratch: Path) -> Filled:
@@ -30,14 +30,14 @@ def estimate(content: Content) -> int:
     """Return the bytes that a tree takes: data, inodes by chunks of 64, names and attributes in blocks half full."""
     inodes = -(-content.inodes // 64) * 64 * _INODE_BYTES
     trees = (content.runs + content.inodes // 64) * 32
-    return content.blocks * _BLOCK_BYTES + inodes + 2 * (content.name_bytes + content.xattr_bytes) + trees
+    return content.blocks * BLOCK_BYTES + inodes + 2 * (content.name_bytes + content.xattr_bytes) + trees
 
 
 def _mkfs(image: Path, parameters: Parameters) -> None:
     identity = uuid.UUID(bytes=parameters.uuid)
     run([
         "mkfs.xfs", "-q", "-f", "-K",
-        "-b", f"size={_BLOCK_BYTES}",
+        "-b", f"size={BLOCK_BYTES}",
         "-m", f"crc=1,finobt=1,inobtcount=1,bigtime=1,reflink=1,rmapbt=0,uuid={identity}",
         "-i", f"size={_INODE_BYTES},sparse=1,maxpct=50",
         "-n", "ftype=1",

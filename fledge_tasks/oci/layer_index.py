@@ -17,6 +17,7 @@ Version history: 1 first version.
 
 from __future__ import annotations
 
+import stat
 import struct
 from enum import IntEnum
 from pathlib import Path
@@ -43,6 +44,18 @@ class Kind(IntEnum):
     HARDLINK = 7
     WHITEOUT = 8
     OPAQUE = 9
+
+
+FILE_TYPES = {
+    Kind.FILE: stat.S_IFREG,
+    Kind.DIRECTORY: stat.S_IFDIR,
+    Kind.SYMLINK: stat.S_IFLNK,
+    Kind.CHAR_DEVICE: stat.S_IFCHR,
+    Kind.BLOCK_DEVICE: stat.S_IFBLK,
+    Kind.FIFO: stat.S_IFIFO,
+    Kind.SOCKET: stat.S_IFSOCK,
+}
+"""The file type bits of st_mode (inode(7))."""
 
 
 class Run(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -12,10 +12,10 @@ import msgspec
 from fledge_tasks import collect, usage
 from fledge_tasks.cli.context import Context
 from fledge_tasks.cli.view import human, show_rows
-from fledge_tasks.usage import Counts
+from fledge_tasks.usage import Counts, Sums
 
 
-class Kind(msgspec.Struct):
+class Kind(Sums):
     """All entries of one kind.
 
     bytes     apparent size           allocated_bytes  what they take on the disk
@@ -78,8 +78,7 @@ def _show(result: Stats) -> None:
     click.echo(f"{result.cache}: used by {result.images} images")
     everything = Kind()
     for kind in result.kinds.values():
-        for name in everything.__struct_fields__:
-            setattr(everything, name, getattr(everything, name) + getattr(kind, name))
+        everything.add(kind)
     rows = [
         (name, str(kind.entries), human(kind.bytes), human(kind.allocated_bytes), str(kind.reached), str(kind.shared),
          human(kind.unshared_bytes))
