@@ -32,6 +32,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return seen
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    # Compressed bytes hold the time; the workers of xdist must agree on the name of each test.
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_configure() -> None:
     # Servers and mounts that fixtures made would outlive a run that SIGTERM ends at once.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

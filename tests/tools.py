@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 PATH = ":".join(dict.fromkeys([*os.environ["PATH"].split(":"), "/usr/sbin", "/sbin"]))
 """Where programs are looked for: a plain user's PATH on Debian lacks the folders of mke2fs and its kind."""
+
+CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def need(*programs: str) -> None:
@@ -21,6 +24,17 @@ def need_root() -> None:
     """Skip or fail the calling test when it does not run as root."""
     if os.geteuid() != 0:
         _lacking("needs root")
+
+
+def as_nobody() -> list[str]:
+    """Return the prefix of a command that runs as nobody, without a single capability.
+
+    Skips or fails the calling test when nobody cannot reach this checkout, whose programs the command will run.
+    """
+    need("setpriv")
+    if closed := [folder for folder in CHECKOUT.parents if not folder.stat().st_mode & 0o001]:
+        _lacking(f"other users cannot enter {closed[0]}, where this checkout is: chmod o+x {closed[0]}")
+    return ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--bounding-set=-all"]
 
 
 def _lacking(reason: str) -> None:

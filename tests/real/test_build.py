@@ -17,7 +17,7 @@ from tests.real.images import Images
 from tests.real.reference import Reference, fsck, mounted
 from tests.real.registry import Registry
 from tests.real.special import MANY_FILES
-from tests.tools import need
+from tests.tools import as_nobody
 from tests.workspaces import Workspace, sha256_of
 
 MIB = 1 << 20
@@ -91,7 +91,6 @@ def test_the_manifest_names_the_image_as_it_is(web: Built) -> None:
 def test_an_unprivileged_user_makes_the_same_bytes(
     name: str, workspace: Workspace, folder: Path, images: Images, registry: Registry
 ) -> None:
-    need("setpriv")
     source, home = f"docker://{images.reference(name)}", folder / "home"
     theirs = Workspace(folder / "theirs", home, prefix=as_nobody(), env={"XDG_RUNTIME_DIR": str(home / "run")})
     for place in (workspace, theirs):
@@ -114,8 +113,3 @@ def test_an_unprivileged_user_makes_the_same_bytes(
         }
         devices = [(os.major(facts.st_rdev), os.minor(facts.st_rdev)) for facts in found.values()]
         assert devices == [(1, 3), (7, 200), (259, 70_000), (0, 0)]
-
-
-def as_nobody() -> list[str]:
-    """Return the prefix of a command that runs as nobody, without a single capability."""
-    return ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--bounding-set=-all"]

@@ -15,8 +15,7 @@ import pytest
 from tests.layers import Member, archive, folder
 from tests.real.push import Layer, Pusher
 from tests.real.registry import Registry
-from tests.real.test_build import as_nobody
-from tests.tools import need
+from tests.tools import as_nobody, need
 from tests.workspaces import Result, Workspace, doit, sha256_of
 
 BASE = [folder("bin"), Member("bin/app", b"\x7fELF" + bytes(range(256)) * 400, mode=0o755)]
@@ -37,7 +36,7 @@ class FirstJob:
 
 @pytest.fixture(scope="module")
 def first(scratch: Path) -> Iterator[FirstJob]:
-    need("docker-registry", "skopeo", "mke2fs", "tar", "setpriv", "unshare")
+    need("docker-registry", "skopeo", "mke2fs", "tar", "unshare")
     place = Path(tempfile.mkdtemp(prefix="ci-", dir=scratch))
     place.chmod(0o755)
     registry = Registry(place / "storage", place)

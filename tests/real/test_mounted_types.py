@@ -22,8 +22,7 @@ from tests.real.compare import compare_trees
 from tests.real.images import Images
 from tests.real.reference import Reference
 from tests.real.registry import Registry
-from tests.real.test_build import as_nobody
-from tests.tools import PATH, need
+from tests.tools import PATH, as_nobody, need
 from tests.workspaces import Workspace, sha256_of
 
 KINDS = ("xfs", "btrfs")
@@ -253,7 +252,6 @@ def test_nothing_is_left_of_a_killed_build(folder: Path, images: Images, registr
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_root_it_is_refused_before_any_work(folder: Path, kind: str) -> None:
-    need("setpriv")
     place = Workspace(folder / "w", folder, prefix=as_nobody())
     Layout(place.root / "layouts" / "small").write([Member("a", b"a")])
     place.add("small", "oci:../layouts/small", buffer_mb=1)

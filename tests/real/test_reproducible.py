@@ -12,9 +12,8 @@ import pytest
 
 from tests import golden
 from tests.real.registry import Registry
-from tests.real.test_build import as_nobody
 from tests.test_reproducible import GOLDEN_IMAGE, apply, plain_mke2fs
-from tests.tools import need
+from tests.tools import as_nobody, need
 from tests.trees import tool
 from tests.variations import EVERYTHING, MKE2FS_CONF, Ground, ground
 from tests.workspaces import sha256_of
@@ -105,7 +104,7 @@ def test_a_registry_does_not_matter(folder: Path) -> None:
 
 
 def test_all_of_it_at_once_as_another_user(folder: Path) -> None:
-    need("setpriv", "unshare", "mount")
+    need("unshare", "mount")
     with filesystem("tmpfs", folder) as mounted:
         place = ground(mounted)
         apply(EVERYTHING, place)
