@@ -18,6 +18,7 @@ import msgspec
 import tomli
 
 from fledge_tasks.errors import ConfigError, Problem
+from fledge_tasks.filesystem_settings import MAX_SIZE_MB, Filesystem, filesystem_of, filesystem_tables
 from fledge_tasks.manifest import CHECKSUM, MANIFEST, NAME, check
 from fledge_tasks.shapes import (
     MAX_INTEGER,
@@ -39,10 +40,7 @@ FILE_NAME = "fledge.toml"
 MANIFEST_FILE_NAME = "manifest.toml"
 BASE_URL_VARIABLE = "FLEDGE_AGENT_BASE_URL"
 
-MAX_SIZE_MB = 16 << 20
-"""16 TiB in MiB: what ext4 addresses with blocks of 4 KiB and 32-bit block numbers."""
 
-FilesystemType = Literal["ext4", "xfs", "btrfs"]
 AgentStrategy = Literal["release", "local", "http"]
 
 
@@ -51,14 +49,6 @@ class Source(msgspec.Struct, frozen=True):
 
     image: str
     platform: str = "linux/amd64"
-
-
-class Filesystem(msgspec.Struct, frozen=True):
-    """`[filesystem]`: `size_buffer_mb` is free space in the finished filesystem, in MiB."""
-
-    type: FilesystemType
-    size_buffer_mb: int
-    preallocate: bool = False
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -103,6 +93,7 @@ class ImageConfig(msgspec.Struct, frozen=True):
     """One image of a workspace. Relative paths in it start at `folder`, that of `file`.
 
     `manifest` is what the user wrote for the manifest, checked, without any derived value.
+    `preallocate` stands in `[filesystem]`, too.
     """
 
     file: Path
@@ -114,6 +105,7 @@ class ImageConfig(msgspec.Struct, frozen=True):
     agent: Agent | None
     manifest: dict[str, object]
     limits: Limits = Limits()
+    preallocate: bool = False
 
 
 def _is_destination(path: str) -> bool:
@@ -149,6 +141,8 @@ _ANY_AGENT = Table(
     {"source_strategy": _STRATEGY, **{key: shape for keys in _AGENT_KEYS.values() for key, shape in keys.items()}},
     required=("source_strategy",),
 )
+
+_FILESYSTEMS = filesystem_tables(_MAPPINGS)
 _FLEDGE: dict[str, Shape] = {
     "version": one_of("1"),
     "strategy": one_of("oci_rootfs", hint='fledge-tasks builds "oci_rootfs" only'),
@@ -161,15 +155,7 @@ _FLEDGE: dict[str, Shape] = {
         },
         required=("image",),
     ),
-    "filesystem": Table(
-        {
-            "type": one_of("ext4", "xfs", "btrfs"),
-            "size_buffer_mb": integer(0, MAX_SIZE_MB),
-            "preallocate": Value(bool, "true or false"),
-            "mappings": _MAPPINGS,
-        },
-        required=("type", "size_buffer_mb"),
-    ),
+    "filesystem": _FILESYSTEMS[""],
     "mappings": _MAPPINGS,
     "agent": _ANY_AGENT,
     "manifest": MANIFEST,
@@ -211,11 +197,12 @@ def load(path: Path, shown: str) -> ImageConfig:
         folder=path.parent,
         name=name,
         source=Source(**document["source"]),
-        filesystem=Filesystem(**{key: value for key, value in document["filesystem"].items() if key != "mappings"}),
+        filesystem=filesystem_of(document["filesystem"]),
         mappings=tuple(Mapping(source, destination) for _, source, destination in _mappings(document)),
         agent=_agent(document["agent"]) if "agent" in document else None,
         manifest=user,
         limits=Limits(**document.get("limits", {})),
+        preallocate=document["filesystem"].get("preallocate", False),
     )
 
 
@@ -245,7 +232,10 @@ def _findings(document: dict[str, Any]) -> Iterator[Finding]:
     strategy = agent.get("source_strategy") if isinstance(agent, dict) else None
     shape = _AGENTS.get(str(strategy), _ANY_AGENT)
     required = ("version", "strategy", "source", "filesystem")
-    yield from Table({**_FLEDGE, "agent": shape}, required).findings("", document)
+    filesystem = document.get("filesystem")
+    kind = filesystem.get("type") if isinstance(filesystem, dict) else None
+    table = _FILESYSTEMS.get(str(kind), _FILESYSTEMS[""])
+    yield from Table({**_FLEDGE, "agent": shape, "filesystem": table}, required).findings("", document)
     yield from _collisions(document)
     if isinstance(agent, dict) and strategy == "release" and "base_url" not in agent:
         base_url = os.environ.get(BASE_URL_VARIABLE)

@@ -20,7 +20,7 @@ from fledge_tasks.usage import Made
 
 _LINE = re.compile(r"([a-z_.]+)(?:\[([0-9]+)\])?(?:\.([a-z_]+))? = (.*)")  # field, number, field below, value
 _ORIGINS = {
-    "buffer_mib": "[filesystem] size_buffer_mb", "type": "[filesystem] type", "preallocate": "[filesystem] preallocate",
+    "preallocate": "[filesystem] preallocate",
     "epoch": "SOURCE_DATE_EPOCH, else the image's 'created'", "tools": "the host's tools", "config": "the OCI config",
     "agent": "[agent]", "user": "[manifest]", "name": "[manifest] name", "image": "[source] image",
     "image_digest": "the image", "rootfs": "where the workspace is", "checksum": "the image file",
@@ -181,7 +181,9 @@ def _changes(
             continue
         destination = name.rpartition(" ")[0]
         mapped = str((sources or {}).get(destination, "")) if destination else ""
-        yield Change(name, old.get(name), new.get(name), mapped or _ORIGINS.get(field, ""))
+        table, _, key = field.partition(".")
+        origin = f"[{table}] {key}" if key else _ORIGINS.get(field, "")
+        yield Change(name, old.get(name), new.get(name), mapped or origin)
 
 
 def _shown(value: str) -> str:

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import msgspec
 
 from fledge_tasks.digest import Digest, sha256_bytes
+from fledge_tasks.filesystem_settings import Filesystem
 from fledge_tasks.mappings import MappedFile
 
 _quoted = json.encoder.encode_basestring_ascii  # what json.dumps does to a string, without its preparations
@@ -111,8 +112,7 @@ class Content(Stage, frozen=True, kw_only=True):
 
     diff_ids: tuple[str, ...]
     customization: Customize
-    filesystem: Literal["ext4", "xfs", "btrfs"]
-    buffer_mib: int
+    filesystem: Filesystem
 
 
 class Mkfs(Stage, frozen=True, kw_only=True):
@@ -120,8 +120,7 @@ class Mkfs(Stage, frozen=True, kw_only=True):
 
     layers: tuple[str, ...]
     """Keys of the unpacked layers, from the lowest up, and of the customization."""
-    type: Literal["ext4", "xfs", "btrfs"]
-    buffer_mib: int
+    filesystem: Filesystem
     epoch: int
     uuid: str
     tools: tuple[str, ...]

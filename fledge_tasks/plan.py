@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
@@ -312,20 +311,17 @@ class Planner:
             mapped=tuple(mapped),
             epoch=entry.created if epoch is None else epoch,
         )
-        kind: Literal["ext4", "xfs", "btrfs"] = image.filesystem.type
         content = Content(
             diff_ids=tuple(layer.ref.diff_id for layer in layers),
             customization=customize,
-            filesystem=kind,
-            buffer_mib=image.filesystem.size_buffer_mb,
+            filesystem=image.filesystem,
         )
         mkfs = Mkfs(
             layers=(*(layer.unpack_key for layer in layers), customize.key()),
-            type=kind,
-            buffer_mib=image.filesystem.size_buffer_mb,
+            filesystem=image.filesystem,
             epoch=customize.epoch,
-            uuid=str(uuid.UUID(hex=content.key()[7 : 7 + 32], version=4)),
-            tools=(self._maker(kind),),
+            uuid=image.filesystem.uuid or str(uuid.UUID(hex=content.key()[7 : 7 + 32], version=4)),
+            tools=(self._maker(image.filesystem.type),),
         )
         return ImagePlan(
             image=image,
@@ -338,7 +334,7 @@ class Planner:
             sources=sources,
             customize=customize,
             mkfs=mkfs,
-            assemble=Assemble(filesystem=mkfs.key(), preallocate=image.filesystem.preallocate),
+            assemble=Assemble(filesystem=mkfs.key(), preallocate=image.preallocate),
             output=self.workspace.output(image),
             manifest_output=self.workspace.manifest_output(image),
         )

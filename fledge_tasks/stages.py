@@ -23,7 +23,9 @@ from fledge_tasks.assemble import assemble as assemble_image
 from fledge_tasks.digest import sha256_bytes, short
 from fledge_tasks.errors import BlobError, StoreError
 from fledge_tasks.filesystems import backend, possible, skeleton
+from fledge_tasks.filesystems.options import OPTIONS
 from fledge_tasks.filesystems.parameters import Parameters
+from fledge_tasks.filesystems.sizing import MIB, Wanted
 from fledge_tasks.fresh import is_assembled, is_fetched
 from fledge_tasks.keys import Stage
 from fledge_tasks.oci import source
@@ -40,7 +42,6 @@ from fledge_tasks.tree import Layer as TreeLayer
 Values = dict[str, Any]
 
 PAYLOAD, INDEX, BLOB, SKELETON, MAP, DATA = "payload", "index", "blob", "skeleton", "map", "data"
-_MIB = 1 << 20
 HIT: Values = {"status": "hit", "bytes": 0}
 
 
@@ -174,14 +175,28 @@ def mkfs(planner: Planner, plan: ImagePlan) -> Values:
             return HIT
         sources = sources_of(store, plan)
         root = merged(plan, sources)
-        possible.check(plan.mkfs.type)
+        possible.check(plan.mkfs.filesystem.type)
         with store.staging(key) as folder, store.staging(key) as scratch:
             image = scratch / "image"
-            filled = backend(plan.mkfs.type).make(root, _parameters(plan), payloads_of(sources), image, scratch)
+            filled = backend(plan.mkfs.filesystem.type).make(
+                root, _parameters(plan), payloads_of(sources), image, scratch
+            )
             made = skeleton.save(image, filled.extents, folder / SKELETON, folder / MAP)
+            _say_least(planner, plan, made.image_bytes, filled.free_bytes)
             info = {"image_bytes": made.image_bytes, "free_bytes": filled.free_bytes, "free_inodes": filled.free_inodes}
             entry = _publish(store, plan.mkfs, folder, info=info)
     return {"bytes": entry.size}
+
+
+def _say_least(planner: Planner, plan: ImagePlan, image_bytes: int, free_bytes: int) -> None:
+    """Tell that an image is larger than what it was asked to be, since its type has nothing smaller."""
+    asked = plan.mkfs.filesystem
+    least = OPTIONS[asked.type].min_mb
+    if asked.size_mb is None and image_bytes == least * MIB and free_bytes >= (asked.size_buffer_mb + 1) * MIB:
+        planner.store.notices.add(
+            f"{plan.image.name}: {least} MiB is the least that {asked.type} takes, so {free_bytes // MIB} MiB are free"
+            f" instead of {asked.size_buffer_mb}"
+        )
 
 
 def merged(plan: ImagePlan, sources: Sequence[Entry]) -> Inode:
@@ -208,12 +223,20 @@ def payloads_of(sources: Sequence[Entry]) -> dict[int, Path]:
 
 
 def _parameters(plan: ImagePlan) -> Parameters:
-    identity = uuid.UUID(plan.mkfs.uuid)
+    identity, asked = uuid.UUID(plan.mkfs.uuid), plan.mkfs.filesystem
     return Parameters(
         uuid=identity.bytes,
         hash_seed=uuid.uuid5(identity, "hash seed").bytes,
         epoch=plan.mkfs.epoch,
-        buffer_bytes=plan.mkfs.buffer_mib * _MIB,
+        wanted=Wanted(
+            buffer_bytes=asked.size_buffer_mb * MIB,
+            size_bytes=None if asked.size_mb is None else asked.size_mb * MIB,
+            shrink=asked.shrink,
+            inode_ratio=asked.inode_ratio,
+        ),
+        features=tuple(OPTIONS[asked.type].features(asked.features)),
+        label=asked.label,
+        block_bytes=asked.block_size,
     )
 
 

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fledge_tasks import config
-from fledge_tasks.config import Agent, Filesystem, ImageConfig, Limits, Mapping, Source
+from fledge_tasks.config import Agent, ImageConfig, Limits, Mapping, Source
 from fledge_tasks.errors import ConfigError
+from fledge_tasks.filesystem_settings import Filesystem
 
 MINIMAL = """
 version = "1"
@@ -59,7 +60,7 @@ def test_the_minimal_sample(folder: Path) -> None:
         folder=folder,
         name="web",
         source=Source("nginx:alpine", "linux/amd64"),
-        filesystem=Filesystem("ext4", 100, False),
+        filesystem=Filesystem("ext4", 100),
         mappings=(),
         agent=None,
         manifest={},
@@ -115,7 +116,7 @@ ratio = 9
     image = load(folder, content)
     assert image.name == "Web.1_x-y"
     assert image.source == Source("oci:layout:tag", "linux/arm64/v8")
-    assert image.filesystem == Filesystem("btrfs", 0, True)
+    assert (image.filesystem, image.preallocate) == (Filesystem("btrfs", 0), True)
     assert image.mappings == (
         Mapping("one", "/usr/share/"),
         Mapping("/abs/../x", "//etc/x..y/."),
@@ -141,12 +142,16 @@ def test_manifest_file_beside(folder: Path) -> None:
 
 
 def test_problems_of_both_files_in_one_error(folder: Path) -> None:
+    unknown = (
+        'unknown key, allowed with type "ext4": type, size_buffer_mb, size_mb, shrink, preallocate, label, uuid, '
+        "block_size, inode_ratio, features, mappings"
+    )
     assert problems(folder, MINIMAL + "x = 1\n", "[resources]\nmemory_mb = 0\n") == [
-        "web/fledge.toml: filesystem.x: unknown key, allowed here: type, size_buffer_mb, preallocate, mappings",
+        f"web/fledge.toml: filesystem.x: {unknown}",
         "web/manifest.toml: resources.memory_mb: found integer 0, expected an integer from 1 to 2147483647",
     ]
     assert problems(folder, MINIMAL + "x = 1\n", "[") == [
-        "web/fledge.toml: filesystem.x: unknown key, allowed here: type, size_buffer_mb, preallocate, mappings",
+        f"web/fledge.toml: filesystem.x: {unknown}",
         "web/manifest.toml: not valid TOML: Invalid initial character for a key part (at end of document)",
     ]
 

@@ -86,7 +86,12 @@ def test_a_mapped_file(place: Place) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "change", "origin"),
     [
-        ("size_buffer_mb = 1", "size_buffer_mb = 2", ("buffer_mib", "1", "2"), "[filesystem] size_buffer_mb"),
+        (
+            "size_buffer_mb = 1",
+            "size_buffer_mb = 2",
+            ("filesystem.size_buffer_mb", "1", "2"),
+            "[filesystem] size_buffer_mb",
+        ),
         ('"/srv/conf"', '"/srv/conf2"', ("/srv/conf2 kind", None, '"file"'), "/web/conf"),
     ],
 )
@@ -167,5 +172,5 @@ def test_plan_for_machines(place: Place) -> None:
     [image] = json.loads(place.fledge("plan", "--json").stdout)["images"]
     assert [task["task"] for task in image["tasks"]] == ["mkfs:web", "assemble:web", "manifest:web"]
     assert image["tasks"][0]["changes"] == [
-        {"what": "buffer_mib", "old": "1", "new": "2", "origin": "[filesystem] size_buffer_mb"}
+        {"what": "filesystem.size_buffer_mb", "old": "1", "new": "2", "origin": "[filesystem] size_buffer_mb"}
     ]

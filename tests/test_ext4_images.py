@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from fledge_tasks.errors import FilesystemError
 from fledge_tasks.filesystems import ext4
+from fledge_tasks.filesystems.options import OPTIONS
+from fledge_tasks.filesystems.sizing import Wanted
 from fledge_tasks.oci.layer_index import Entry, Kind, Run
 from tests.tools import need, need_root
 from tests.trees import MIB, PARAMETERS, Built, Content, available_bytes, build, check, debugfs, fill, mounted, tool
@@ -158,7 +160,7 @@ def test_times_of_its_own_are_those_that_all_e2fsprogs_agree_about(tmp_path: Pat
 
 
 def test_bitmaps_of_groups_in_use_are_written(tmp_path: Path) -> None:
-    fill(tmp_path, [], dataclasses.replace(PARAMETERS, buffer_bytes=900 * MIB))
+    fill(tmp_path, [], dataclasses.replace(PARAMETERS, wanted=Wanted(900 * MIB)))
     groups = re.split(r"^Group \d+: ", tool("dumpe2fs", tmp_path / "bare.img"), flags=re.MULTILINE)[1:-1]
     free = ["32768 free blocks" in group for group in groups]  # the last, left out, is shorter
     left = ["BLOCK_UNINIT" in group for group in groups]
@@ -250,15 +252,31 @@ def test_lost_and_found_of_the_image_stays(tmp_path: Path) -> None:
     buffer_mib=st.sampled_from([0, 1, 2, 37, 100, 126, 127, 128, 255, 640, 1000, 5000]), blocks=st.integers(0, 40_000)
 )
 def test_the_buffer_is_a_promise(tmp_path: Path, buffer_mib: int, blocks: int) -> None:
-    parameters = dataclasses.replace(PARAMETERS, buffer_bytes=buffer_mib * MIB)
+    parameters = dataclasses.replace(PARAMETERS, wanted=Wanted(buffer_mib * MIB))
     entries = [Entry(b"data", Kind.FILE, size=blocks * 4096)] if blocks else []
     fill(tmp_path, entries, parameters)
     assert 0 <= available_bytes(tmp_path / "bare.img") - buffer_mib * MIB <= MIB
 
 
+@pytest.mark.parametrize("word", OPTIONS["ext4"].feature_words())
+def test_features(tmp_path: Path, word: str) -> None:
+    features = tuple(OPTIONS["ext4"].features([word]))
+    built = build(tmp_path, odd(), parameters=dataclasses.replace(PARAMETERS, features=features, label="größe"))
+    check(built.image)
+    listed = tool("dumpe2fs", "-h", built.image)
+    found = re.search(r"^Filesystem features: +(.*)$", listed, re.MULTILINE)
+    assert found is not None
+    assert (word in found[1].split()) == (not word.startswith("^"))
+    assert word.removeprefix("^") not in found[1].split() or not word.startswith("^")
+    assert re.search(r"^Filesystem volume name: +größe$", listed, re.MULTILINE)
+    if os.geteuid() == 0:
+        with mounted(built.image) as root:
+            assert sorted(os.listdir(root))
+
+
 def test_linux_agrees_about_the_buffer(tmp_path: Path) -> None:
     need_root()
-    parameters = dataclasses.replace(PARAMETERS, buffer_bytes=100 * MIB)
+    parameters = dataclasses.replace(PARAMETERS, wanted=Wanted(100 * MIB))
     built = build(tmp_path, odd(), parameters=parameters)
     with mounted(built.image) as root:
         status = os.statvfs(root)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from fledge_tasks.errors import FilesystemError
 from fledge_tasks.filesystems import ext4_size
 from fledge_tasks.filesystems.ext4_size import Counts, create, read_counts
+from fledge_tasks.filesystems.sizing import Wanted
 from fledge_tasks.oci.layer_index import BLOCK_BYTES
 from tests.tools import need
 from tests.trees import MIB, PARAMETERS, tool
@@ -28,7 +30,7 @@ def _tools() -> None:
 def sized(folder: Path, buffer_mib: int, needed: int, inodes: int) -> tuple[int, Counts]:
     """Make an empty filesystem; return by how much its space exceeds the buffer, and its counters."""
     image = folder / "image"
-    parameters = dataclasses.replace(PARAMETERS, buffer_bytes=buffer_mib * MIB)
+    parameters = dataclasses.replace(PARAMETERS, wanted=Wanted(buffer_mib * MIB))
     blocks = create(image, folder, parameters, needed_blocks=needed, inodes=inodes)
     counts = read_counts(image)
     assert blocks == counts.blocks
@@ -105,8 +107,66 @@ def test_same_answer_every_time(tmp_path: Path) -> None:
     assert results[0] == results[1]
 
 
+def fixed(folder: Path, size_mib: int, needed: int, inodes: int, **wanted: Any) -> Counts:
+    """Make an empty filesystem of a fixed size."""
+    image = folder / "image"
+    parameters = dataclasses.replace(
+        PARAMETERS, wanted=Wanted(**{"buffer_bytes": 0, **wanted}, size_bytes=size_mib * MIB)
+    )
+    blocks = create(image, folder, parameters, needed_blocks=needed, inodes=inodes)
+    assert image.stat().st_size == size_mib * MIB
+    assert 0 <= size_mib * MIB // BLOCK_BYTES - blocks < 1024
+    return read_counts(image)
+
+
+@pytest.mark.parametrize(("size", "needed", "inodes"), [(10, 100, 12), (129, 30_000, 5000), (900, 60_000, 4000)])
+def test_a_fixed_size(tmp_path: Path, size: int, needed: int, inodes: int) -> None:
+    counts = fixed(tmp_path, size, needed, inodes)
+    free_inodes = counts.free_inodes + 11 - inodes
+    assert free_inodes >= max(10_000, inodes // 5)
+    if size == 900:
+        assert free_inodes >= (size * MIB - needed * BLOCK_BYTES) // 16_384, "a guest with room has inodes for it"
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 150_000), st.integers(12, 100_000), st.sampled_from([0, 10, 500]))
+@example(60_000, 4_094, 0)
+@example(31_000, 12, 0)
+def test_the_figure_for_a_fixed_size_that_is_too_small_is_right(
+    tmp_path: Path, needed: int, inodes: int, buffer_mib: int
+) -> None:
+    with pytest.raises(FilesystemError, match=r"found \d+, and this image needs (\d+) MiB") as caught:
+        fixed(tmp_path, buffer_mib + 1, needed, inodes, buffer_bytes=buffer_mib * MIB)
+    assert caught.value.where == "filesystem.size_mb"
+    [figure] = re.findall(r"needs (\d+) MiB", caught.value.message)
+    counts = fixed(tmp_path, int(figure), needed, inodes, buffer_bytes=buffer_mib * MIB)
+    assert (counts.free_blocks - needed - min(counts.blocks // 50, 4096)) * BLOCK_BYTES >= buffer_mib * MIB
+    least = (needed + inodes // 16) * BLOCK_BYTES // MIB + buffer_mib + 4
+    assert int(figure) <= least * 103 // 100 + 12, "and not a wild guess"
+
+
+@pytest.mark.parametrize(("buffer_mib", "needed", "inodes"), [(0, 60_000, 4000), (100, 200_000, 90_000), (2000, 5, 12)])
+def test_shrunk(tmp_path: Path, buffer_mib: int, needed: int, inodes: int) -> None:
+    over, plain = sized(tmp_path, buffer_mib, needed, inodes)
+    parameters = dataclasses.replace(PARAMETERS, wanted=Wanted(buffer_mib * MIB, shrink=True))
+    create(tmp_path / "image", tmp_path, parameters, needed_blocks=needed, inodes=inodes)
+    counts = read_counts(tmp_path / "image")
+    free = (counts.free_blocks - needed - min(counts.blocks // 50, 4096)) * BLOCK_BYTES
+    assert 0 <= free - buffer_mib * MIB <= max(over, 32 * BLOCK_BYTES)
+    assert counts.blocks < plain.blocks
+    assert counts.free_inodes + 11 - inodes >= max(10_000, inodes // 5)
+
+
+def test_an_inode_for_each_so_many_bytes(tmp_path: Path) -> None:
+    parameters = dataclasses.replace(PARAMETERS, wanted=Wanted(200 * MIB, inode_ratio=4096))
+    create(tmp_path / "image", tmp_path, parameters, needed_blocks=1000, inodes=12)
+    counts = read_counts(tmp_path / "image")
+    assert counts.inodes >= 200 * MIB // 4096
+    assert (counts.free_blocks - 1000 - min(counts.blocks // 50, 4096)) * BLOCK_BYTES >= 200 * MIB
+
+
 def test_too_large_for_ext4(tmp_path: Path) -> None:
-    parameters = dataclasses.replace(PARAMETERS, buffer_bytes=16 << 40)
+    parameters = dataclasses.replace(PARAMETERS, wanted=Wanted(16 << 40))
     with pytest.raises(FilesystemError, match=r"the image would be \d+ TiB, the limit is 16 TiB"):
         create(tmp_path / "image", tmp_path, parameters, needed_blocks=1, inodes=12)
 

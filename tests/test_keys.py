@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fledge_tasks import keys
 from fledge_tasks.digest import is_digest, sha256_bytes
+from fledge_tasks.filesystem_settings import Filesystem
 from fledge_tasks.keys import Agent, Assemble, Blob, Config, Content, Customize, Manifest, Mkfs, Stage, Unpack
 from fledge_tasks.mappings import MappedFile
 
@@ -23,17 +24,17 @@ CUSTOMIZE = Customize(
     mapped=(MappedFile("/srv/a", "file", 0o644, "sha256:a", 3), MappedFile("/srv/b", "symlink", 0o777, link="a")),
     epoch=1704164645,
 )
+FILESYSTEM = Filesystem("ext4", size_buffer_mb=100, features=("verity",))
 RECORDS: list[Stage] = [
     Config(digest="sha256:c"),
     Agent(digest="sha256:g"),
     Blob(digest="sha256:b", size=10),
     Unpack(diff_id="sha256:d"),
     CUSTOMIZE,
-    Content(diff_ids=("sha256:d",), customization=CUSTOMIZE, filesystem="ext4", buffer_mib=100),
+    Content(diff_ids=("sha256:d",), customization=CUSTOMIZE, filesystem=FILESYSTEM),
     Mkfs(
         layers=("sha256:1", "sha256:2"),
-        type="ext4",
-        buffer_mib=100,
+        filesystem=FILESYSTEM,
         epoch=1,
         uuid="11111111-1111-4111-8111-111111111111",
         tools=("e2fsprogs 1.47.0",),
@@ -73,12 +74,13 @@ GOLDEN = {
         "mapped[1].size = 0",
     ],
     "mkfs": [
-        "buffer_mib = 100",
         "epoch = 1",
+        "filesystem.features[0] = \"verity\"",
+        "filesystem.size_buffer_mb = 100",
+        "filesystem.type = \"ext4\"",
         "layers[0] = \"sha256:1\"",
         "layers[1] = \"sha256:2\"",
         "tools[0] = \"e2fsprogs 1.47.0\"",
-        "type = \"ext4\"",
         "uuid = \"11111111-1111-4111-8111-111111111111\"",
     ],
     "assemble": ["filesystem = \"sha256:m\"", "preallocate = false"],
@@ -119,7 +121,8 @@ def others(value: Any, kind: Any) -> Iterator[Any]:
     if origin is Literal:
         yield from (choice for choice in typing.get_args(kind) if choice != value)
     elif origin in (types.UnionType, typing.Union):
-        yield from ("other" if choice is str else None for choice in typing.get_args(kind) if choice is not type(value))
+        samples: dict[object, object] = {str: "other", int: 7}
+        yield from (samples.get(choice) for choice in typing.get_args(kind) if choice is not type(value))
     elif kind is bool:
         yield not value
     elif kind is int:

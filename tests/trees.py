@@ -13,15 +13,23 @@ from typing import Any
 
 from fledge_tasks.assemble import Assembled, assemble
 from fledge_tasks.filesystems import ext4, skeleton
+from fledge_tasks.filesystems.options import OPTIONS
 from fledge_tasks.filesystems.parameters import Filled, Parameters
+from fledge_tasks.filesystems.sizing import Wanted
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, Entry, Kind, Run
 from fledge_tasks.tree import Layer, merge
 from tests.tools import PATH
 
 EPOCH = 1_700_000_000
-EPOCH_NS = EPOCH * 1_000_000_000
 MIB = 1 << 20
-PARAMETERS = Parameters(uuid=bytes(range(16)), hash_seed=bytes(range(16, 32)), epoch=EPOCH, buffer_bytes=2 * MIB)
+EPOCH_NS = EPOCH * 1_000_000_000
+PARAMETERS = Parameters(
+    uuid=bytes(range(16)),
+    hash_seed=bytes(range(16, 32)),
+    epoch=EPOCH,
+    wanted=Wanted(2 * MIB),
+    features=OPTIONS["ext4"].default,
+)
 
 
 @dataclass

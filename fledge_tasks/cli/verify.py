@@ -142,7 +142,7 @@ def _plan(planner: Planner, image: ImageConfig) -> ImagePlan:
 def _compare(planner: Planner, plan: ImagePlan, file: Path) -> Iterator[Difference]:
     sources = stages.sources_of(planner.store, plan)
     return compare_tree(
-        file, stages.merged(plan, sources), stages.payloads_of(sources), plan.mkfs.epoch, plan.mkfs.type
+        file, stages.merged(plan, sources), stages.payloads_of(sources), plan.mkfs.epoch, plan.mkfs.filesystem.type
     )
 
 

@@ -11,17 +11,15 @@ from pathlib import Path
 from fledge_tasks.errors import CommandError, FilesystemError
 from fledge_tasks.filesystems import mounted
 from fledge_tasks.filesystems.loopmount import Mount
-from fledge_tasks.filesystems.mounted import Content
+from fledge_tasks.filesystems.options import OPTIONS
 from fledge_tasks.filesystems.parameters import Filled, Parameters
+from fledge_tasks.filesystems.sizing import MIB, btrfs_bytes
 from fledge_tasks.oci.layer_index import BLOCK_BYTES
 from fledge_tasks.run import run
 from fledge_tasks.tree import Inode
 
-MIN_BYTES = 109 << 20
-"""What mkfs.btrfs makes at least (btrfs-progs 6.2)."""
+MIN_BYTES = OPTIONS["btrfs"].min_mb * MIB
 
-_CHECKSUM_BYTES = 4  # of each block of data
-_ITEM_BYTES = 25 + 2 * 25 + 16  # struct btrfs_item, and the keys of a name, which is there twice
 _CHUNK = re.compile(r"CHUNK_ITEM (\d+)\).*?length (\d+).*?stripe 0 devid 1 offset (\d+)", re.DOTALL)
 
 
@@ -33,23 +31,20 @@ def make(root: Inode, parameters: Parameters, payloads: Mapping[int, Path], imag
     again, and takes nine times as long.
     """
     kind = mounted.Type(
-        "btrfs", _mkfs, "max_inline=0,nodiscard", MIN_BYTES, True, estimate, _translate, _resize, _finish
+        "btrfs", _mkfs, "max_inline=0,nodiscard", MIN_BYTES, True, btrfs_bytes, 0, _translate, _resize, _finish
     )
     return mounted.make(kind, root, parameters, payloads, image, scratch)
 
 
-def estimate(content: Content) -> int:
-    """Return the bytes that a tree takes: data with its checksums, and items in nodes that are half full."""
-    data = content.blocks * (BLOCK_BYTES + 2 * _CHECKSUM_BYTES)
-    items = content.inodes * (160 + _ITEM_BYTES) + content.runs * (2 * 53 + 2 * _ITEM_BYTES)
-    names = 3 * content.name_bytes + 2 * content.xattr_bytes + content.inodes * 2 * _ITEM_BYTES
-    return data + 2 * (items + names)
-
-
 def _mkfs(image: Path, parameters: Parameters) -> None:
-    del parameters  # see _finish
-    run(["mkfs.btrfs", "-q", "-f", "--nodiscard", "-m", "single", "-d", "single",
-         "-O", "no-holes", "-R", "free-space-tree", image])  # fmt: skip
+    # The UUID comes in _finish.
+    features = set(parameters.features)
+    chosen = [name if name in features else f"^{name}" for name in ("no-holes", "extref", "skinny-metadata")]
+    mixed = ["-M", "-n", str(BLOCK_BYTES)] if "mixed-bg" in features else []
+    tree = "free-space-tree" if "free-space-tree" in features else "^free-space-tree"
+    label = ["-L", parameters.label] if parameters.label else []
+    run(["mkfs.btrfs", "-q", "-f", "--nodiscard", "-s", str(BLOCK_BYTES), "-m", "single", "-d", "single",
+         "-O", ",".join(chosen), "-R", tree, *mixed, *label, image])  # fmt: skip
 
 
 def _resize(mount: Mount, old: int, new: int) -> bool:

@@ -7,35 +7,39 @@ reading the superblock, and made again with what was missing or too much.
 
 from __future__ import annotations
 
+import os
 import struct
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fledge_tasks.errors import CommandError, FilesystemError
 from fledge_tasks.filesystems.ext4_inode import BLOCK_BYTES
 from fledge_tasks.filesystems.parameters import Parameters
+from fledge_tasks.filesystems.sizing import (
+    EXT4_MIN_JOURNAL_BLOCKS,
+    MIB,
+    Ext4Layout,
+    Wanted,
+    ext4_free_blocks,
+    ext4_layout,
+    too_small,
+    whole_mib,
+)
 from fledge_tasks.run import run
 
-FEATURES = (
-    "has_journal", "ext_attr", "resize_inode", "dir_index", "filetype", "extent", "64bit", "flex_bg", "sparse_super",
-    "large_file", "huge_file", "dir_nlink", "extra_isize", "metadata_csum",
-)  # fmt: skip
-MIN_FREE_INODES = 10_000
-BYTES_PER_FREE_INODE = 16_384
 MAX_BLOCKS = 1 << 32
 _CONFIGURATION = "[defaults]\n\tblocksize = 4096\n[fs_types]\n\text4 = {\n\t}\n"
-_BLOCKS_PER_GROUP = 32_768
-_MAX_INODES_PER_GROUP = 32_768 - 256  # leaves room for rounding up
-_MIN_BLOCKS_PER_GROUP = 4_096
-_INODES_PER_BLOCK = 16
-_RESERVED_INODES = 10
-_MIN_JOURNAL_BLOCKS = 2_048  # below that, mke2fs makes none (ext2fs_default_journal_size in mkjournal.c)
-_MAX_OWN_TIME = (1 << 31) - 1
 _TOLERANCE_BLOCKS = 64
 _MIB_BLOCKS = 256
 _ATTEMPTS = 64
-_TOO_SMALL = ("requested number of inodes", "Could not allocate block", "journal size too big")
+_TOO_SMALL = (
+    "requested number of inodes",
+    "could not allocate block",
+    "journal size too big",
+    "not enough space",
+    "inodes_count",
+)
 
 
 @dataclass(frozen=True)
@@ -61,91 +65,126 @@ def read_counts(image: Path) -> Counts:
 def create(image: Path, scratch: Path, parameters: Parameters, *, needed_blocks: int, inodes: int) -> int:
     """Make an empty filesystem that has `needed_blocks` and the buffer free; return its blocks.
 
-    At most 256 KiB more than that is free, 1 MiB with rare trees of many empty files. `inodes` are
-    those that will be used; at least 10,000, a fifth of them and one per 16 KiB of the buffer stay
-    free for the running guest. Raises FilesystemError when ext4 has no such size.
+    At most 256 KiB more than that is free, 1 MiB with rare trees of many empty files; all of the
+    rest, when the size is fixed. `inodes` are those that will be used, see `sizing.ext4_layout`.
+    Raises FilesystemError when ext4 has no such size, or a fixed one is too small.
     """
     configuration = scratch / "mke2fs.conf"
     configuration.write_text(_CONFIGURATION)
-    wanted = needed_blocks + -(-parameters.buffer_bytes // BLOCK_BYTES)
-    total_inodes = (
-        _RESERVED_INODES + inodes + max(MIN_FREE_INODES, inodes // 5, parameters.buffer_bytes // BYTES_PER_FREE_INODE)
-    )
-    # What follows from the size by steps is settled first: then a block more is a block more free.
-    journal_mib = _journal_mib(wanted)
-    # Inodes fill a filesystem up that would be too small to have a journal.
-    total_inodes = max(total_inodes, (_MIN_JOURNAL_BLOCKS - wanted - journal_mib * _MIB_BLOCKS) * _INODES_PER_BLOCK)
-    least = wanted + total_inodes // _INODES_PER_BLOCK + journal_mib * _MIB_BLOCKS
-    blocks_per_group = _blocks_per_group(least, total_inodes)
-    blocks = least + least // 64
-    low, high, spare = 0, MAX_BLOCKS, 0
-    leap = 2 * _MIB_BLOCKS
-    for attempt in range(_ATTEMPTS):
-        if blocks >= MAX_BLOCKS:
-            raise FilesystemError(f"the image would be {blocks * BLOCK_BYTES >> 40} TiB, the limit is 16 TiB")
+    maker = _Maker(image, configuration, parameters, needed_blocks, inodes)
+    return maker.search(parameters.wanted) if parameters.wanted.size_bytes is None else maker.fixed(parameters.wanted)
+
+
+class _Maker:
+    """Makes filesystems for one tree, each in place of the one before."""
+
+    def __init__(
+        self, image: Path, configuration: Path, parameters: Parameters, needed_blocks: int, inodes: int
+    ) -> None:
+        self._image = image
+        self._configuration = configuration
+        self._parameters = parameters
+        self._needed_blocks = needed_blocks
+        self._inodes = inodes
+        self._has_journal = "has_journal" in parameters.features
+
+    def fixed(self, wanted: Wanted) -> int:
+        """Make one of a fixed size, with all that a larger one would have if there is room for it."""
+        assert wanted.size_bytes is not None
+        for each in (wanted, replace(wanted, shrink=True)):
+            if (blocks := self._try(each)) is not None:
+                return blocks
+        least = self.search(replace(wanted, size_bytes=None, shrink=True)) * BLOCK_BYTES
+        size = max(whole_mib(least), wanted.size_bytes + MIB)
+        while self._try(replace(wanted, size_bytes=size, shrink=True)) is None:
+            size += MIB  # a few sizes are not to be had, and have less free than smaller ones
+        raise too_small(wanted, size)
+
+    def _try(self, wanted: Wanted) -> int | None:
+        assert wanted.size_bytes is not None
+        layout, blocks = self._layout(wanted), wanted.size_bytes // BLOCK_BYTES
+        if self._has_journal and blocks < EXT4_MIN_JOURNAL_BLOCKS:
+            return None
         try:
-            _mke2fs(image, configuration, parameters, blocks, blocks_per_group, total_inodes, journal_mib)
+            self._mke2fs(layout, blocks, layout.journal_mib)
         except CommandError as error:
-            if not any(complaint in error.stderr for complaint in _TOO_SMALL):
+            if not _is_too_small(error):
                 raise
-            # Inode tables and journal alone need more, as in a tree of many empty files.
-            low = blocks
-            if high == MAX_BLOCKS:
-                blocks, leap = blocks + leap, 2 * leap
+            return None
+        os.truncate(self._image, wanted.size_bytes)  # mke2fs leaves out a last group of little more than its tables
+        counts = read_counts(self._image)
+        return counts.blocks if _surplus(counts, layout) >= 0 else None
+
+    def search(self, wanted: Wanted) -> int:
+        """Make one of the size that is needed."""
+        layout = self._layout(wanted)
+        tolerance = 0 if wanted.shrink else _TOLERANCE_BLOCKS
+        journal_mib, least = layout.journal_mib, layout.least_blocks
+        blocks = least + least // 64
+        low, high, spare = 0, MAX_BLOCKS, 0
+        leap = 2 * _MIB_BLOCKS
+        for attempt in range(_ATTEMPTS):
+            if blocks >= MAX_BLOCKS:
+                raise FilesystemError(f"the image would be {blocks * BLOCK_BYTES >> 40} TiB, the limit is 16 TiB")
+            try:
+                self._mke2fs(layout, blocks, journal_mib)
+            except CommandError as error:
+                if not _is_too_small(error):
+                    raise
+                # Inode tables and journal alone need more, as in a tree of many empty files.
+                low = blocks
+                if high == MAX_BLOCKS:
+                    blocks, leap = blocks + leap, 2 * leap
+                else:
+                    blocks = (low + high) // 2
+                continue
+            counts = read_counts(self._image)
+            surplus = _surplus(counts, layout)
+            # Small groups come and go whole, and the journal grows by a MiB: a few sizes are not to be had.
+            is_late = attempt >= _ATTEMPTS // 2
+            if 0 <= surplus <= (_MIB_BLOCKS if is_late else tolerance):
+                return counts.blocks
+            if surplus < 0:
+                low = blocks
             else:
+                high, spare = blocks, surplus
+            if high - low <= _MIB_BLOCKS and self._has_journal:
+                # mke2fs drops a last group that holds little more than its own tables, and where it keeps
+                # one, the free blocks grow by those of the tables at once: the journal takes the excess.
+                journal_mib += spare // _MIB_BLOCKS + (not is_late)
+                blocks = high if is_late else high + _MIB_BLOCKS - spare % _MIB_BLOCKS
+                low, high, leap = high, MAX_BLOCKS, 2 * _MIB_BLOCKS
+                continue
+            if counts.blocks < blocks and surplus < 0 and high == MAX_BLOCKS:
+                blocks, leap = blocks + leap, 2 * leap
+                continue
+            blocks += tolerance // 4 - surplus
+            if not low < blocks < high:
                 blocks = (low + high) // 2
-            continue
-        counts = read_counts(image)
-        # Linux keeps 2 % (at most 4096 blocks) back from statfs (fs/ext4/super.c, ext4_set_resv_clusters).
-        surplus = counts.free_blocks - wanted - min(counts.blocks // 50, 4096)
-        # Small groups come and go whole, and the journal grows by a MiB: a few sizes are not to be had.
-        is_late = attempt >= _ATTEMPTS // 2
-        if 0 <= surplus <= (_MIB_BLOCKS if is_late else _TOLERANCE_BLOCKS):
-            return counts.blocks
-        if surplus < 0:
-            low = blocks
-        else:
-            high, spare = blocks, surplus
-        if high - low <= _MIB_BLOCKS:
-            # mke2fs drops a last group that holds little more than its own tables, and where it keeps
-            # one, the free blocks grow by those of the tables at once: the journal takes the excess.
-            journal_mib += spare // _MIB_BLOCKS + (not is_late)
-            blocks = high if is_late else high + _MIB_BLOCKS - spare % _MIB_BLOCKS
-            low, high, leap = high, MAX_BLOCKS, 2 * _MIB_BLOCKS
-            continue
-        if counts.blocks < blocks and surplus < 0 and high == MAX_BLOCKS:
-            blocks, leap = blocks + leap, 2 * leap
-            continue
-        blocks += _TOLERANCE_BLOCKS // 4 - surplus
-        if not low < blocks < high:
-            blocks = (low + high) // 2
-    raise FilesystemError(f"no ext4 filesystem of about {blocks} blocks has {wanted} of them free: please report this")
+        wanted_blocks = layout.wanted_blocks
+        raise FilesystemError(
+            f"no ext4 filesystem of about {blocks} blocks has {wanted_blocks} of them free: please report this"
+        )
+
+    def _layout(self, wanted: Wanted) -> Ext4Layout:
+        return ext4_layout(
+            wanted, needed_blocks=self._needed_blocks, inodes=self._inodes, has_journal=self._has_journal
+        )
+
+    def _mke2fs(self, layout: Ext4Layout, blocks: int, journal_mib: int) -> None:
+        _mke2fs(self._image, self._configuration, self._parameters, layout, blocks, journal_mib)
 
 
-def _blocks_per_group(blocks: int, inodes: int) -> int:
-    """Return the size of groups: a tree of many empty files needs more than its blocks would make."""
-    size = _BLOCKS_PER_GROUP
-    while max(blocks // size, 1) * _MAX_INODES_PER_GROUP < inodes and size > _MIN_BLOCKS_PER_GROUP:
-        size //= 2
-    return size
+def _surplus(counts: Counts, layout: Ext4Layout) -> int:
+    return ext4_free_blocks(counts.blocks, counts.free_blocks) - layout.wanted_blocks
 
 
-def _journal_mib(blocks: int) -> int:
-    """Return the journal's size: what mke2fs would choose, up to 64 MiB, by a table of our own."""
-    for limit_blocks, size in ((32_768, 4), (262_144, 16), (524_288, 32)):
-        if blocks < limit_blocks:
-            return size
-    return 64
+def _is_too_small(error: CommandError) -> bool:
+    return any(complaint in error.stderr.lower() for complaint in _TOO_SMALL)
 
 
 def _mke2fs(
-    image: Path,
-    configuration: Path,
-    parameters: Parameters,
-    blocks: int,
-    blocks_per_group: int,
-    inodes: int,
-    journal_mib: int,
+    image: Path, configuration: Path, parameters: Parameters, layout: Ext4Layout, blocks: int, journal_mib: int
 ) -> None:
     image.unlink(missing_ok=True)
     extended = {
@@ -157,13 +196,14 @@ def _mke2fs(
     }  # in ONE -E: mke2fs keeps only its last
     argv: list[str | Path] = [
         "mke2fs", "-q", "-F", "-t", "ext4",
-        "-O", ",".join(["none", *FEATURES]),
+        "-O", ",".join(["none", *parameters.features]),
         "-b", str(BLOCK_BYTES),
         "-I", "256",
-        "-N", str(inodes),
-        "-g", str(blocks_per_group),
+        "-N", str(layout.inodes),
+        "-g", str(layout.blocks_per_group),
         "-G", "16",
-        "-J", f"size={journal_mib}",
+        *(["-J", f"size={journal_mib}"] if journal_mib else []),
+        *(["-L", parameters.label] if parameters.label else []),
         "-m", "0",
         "-e", "continue",
         "-o", "Linux",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from fledge_tasks.filesystems.sizing import Wanted
 from fledge_tasks.filesystems.skeleton import ImageExtent
 from fledge_tasks.tree import Inode
 
@@ -18,14 +19,16 @@ class Parameters:
     """What decides an image's bytes beside its tree.
 
     `uuid` and `hash_seed` are 16 bytes each; `epoch` is the time, in seconds, of all that has no
-    time of its own; `buffer_bytes` is what statfs reports as available in the finished filesystem
-    (f_bavail): exactly enough in ext4, to within 1 MiB, more in the others as their modules say.
+    time of its own; `features` are all that the filesystem has, `block_bytes` is None for the type's default.
     """
 
     uuid: bytes
     hash_seed: bytes
     epoch: int
-    buffer_bytes: int
+    wanted: Wanted
+    features: tuple[str, ...]
+    label: str = ""
+    block_bytes: int | None = None
 
     @property
     def own_time(self) -> int:

@@ -30,7 +30,7 @@ MIB = 1 << 20
 BUFFER_MB = 60
 MIN_BYTES = {"xfs": xfs.MIN_BYTES, "btrfs": btrfs.MIN_BYTES}
 CHECKERS = {"xfs": ["xfs_repair", "-n", "-f"], "btrfs": ["btrfs", "check", "--readonly"]}
-OPTIONS = {"xfs": "loop,nouuid", "btrfs": "loop"}
+OPTIONS = {"xfs": "loop,nouuid", "btrfs": "loop", "ext4": "loop"}
 ADDED = ("etc/fsify-entrypoint",)
 
 References = Callable[[str], Reference]

@@ -1,0 +1,85 @@
+"""What `[filesystem]` may ask for, type by type, such that Linux 5.10 guests mount the result. Pure.
+
+Each type is made with a fixed set of features. One of its set may be left out (`"^name"`), one of
+the others added (`"name"`); what came to Linux later than 5.10, or what our writers cannot fill, is
+in no list. Sources: mke2fs(8), ext4(5), mkfs.xfs(8), mkfs.btrfs(8), btrfs(5), and fs/*/ of Linux 5.10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a type has.
+
+    label_bytes    the longest label, in bytes of UTF-8
+    min_mb         the smallest image, in MiB
+    block_sizes    of which the last is the default; guests with pages of 4096 bytes mount no larger ones
+    default        features that an image has unless they are left out
+    removable      those of them that may be left out
+    addable        other features that may be added
+    has_ratio      whether the number of inodes is fixed when the filesystem is made
+    """
+
+    label_bytes: int
+    min_mb: int
+    block_sizes: tuple[int, ...]
+    default: tuple[str, ...]
+    removable: tuple[str, ...]
+    addable: tuple[str, ...]
+    has_ratio: bool = False
+
+    def feature_words(self) -> tuple[str, ...]:
+        """Return all that `features` may hold."""
+        return (*self.addable, *(f"^{name}" for name in self.removable))
+
+    def features(self, words: Iterable[str]) -> list[str]:
+        """Return the features of an image, in a fixed order."""
+        chosen = set(words)
+        kept = [name for name in self.default if f"^{name}" not in chosen]
+        return kept + [name for name in self.addable if name in chosen]
+
+
+OPTIONS = {
+    "ext4": Options(
+        label_bytes=16,
+        min_mb=1,
+        # File data lies in the image as the blocks of 4096 bytes that the cache has of it.
+        block_sizes=(4096,),
+        default=(
+            "has_journal", "ext_attr", "resize_inode", "dir_index", "filetype", "extent", "64bit", "flex_bg",
+            "sparse_super", "large_file", "huge_file", "dir_nlink", "extra_isize", "metadata_csum",
+        ),
+        removable=("has_journal", "resize_inode"),
+        addable=("encrypt", "large_dir", "metadata_csum_seed", "stable_inodes", "verity"),
+        has_ratio=True,
+    ),
+    "xfs": Options(
+        label_bytes=12,
+        min_mb=300,
+        block_sizes=(1024, 2048, 4096),
+        default=("finobt", "inobtcount", "bigtime", "reflink", "sparse"),
+        removable=("finobt", "inobtcount", "bigtime", "reflink", "sparse"),
+        addable=("rmapbt",),
+    ),
+    "btrfs": Options(
+        label_bytes=255,
+        min_mb=109,
+        block_sizes=(4096,),
+        default=("extref", "skinny-metadata", "no-holes", "free-space-tree"),
+        removable=("no-holes", "free-space-tree"),
+        addable=("mixed-bg",),
+    ),
+}  # fmt: skip
+"""By type. mkfs.xfs makes nothing smaller since 5.19, mkfs.btrfs since 6.2."""
+
+
+def conflict(kind: str, features: Iterable[str]) -> str | None:
+    """Return what is wrong with features that are right one by one."""
+    chosen = set(features)
+    if kind == "xfs" and "^finobt" in chosen and "^inobtcount" not in chosen:
+        return 'found "^finobt" in features, expected "^inobtcount" beside it, which counts what finobt holds'
+    return None
