@@ -75,7 +75,7 @@ def stats(context: Context, *, as_json: bool) -> None:
 
 
 def _show(result: Stats) -> None:
-    click.echo(f"{result.cache}: used by {result.images} images")
+    click.echo(f"{result.cache}: used by {result.images} image{'s' * (result.images != 1)}")
     everything = Kind()
     for kind in result.kinds.values():
         everything.add(kind)
