@@ -18,17 +18,23 @@ import msgspec
 import tomli
 
 from fledge_tasks.errors import ConfigError, Problem
-from fledge_tasks.filesystem_settings import MAX_SIZE_MB, Filesystem, filesystem_of, filesystem_tables
+from fledge_tasks.filesystem_settings import (
+    MAX_SIZE_MB,
+    Filesystem,
+    filesystem_of,
+    filesystem_shape,
+    size_conflict,
+)
 from fledge_tasks.manifest import CHECKSUM, MANIFEST, NAME, check
 from fledge_tasks.shapes import (
     MAX_INTEGER,
+    URL,
     Finding,
-    Shape,
     Table,
     TableOf,
     Value,
+    Variants,
     integer,
-    is_url,
     join,
     matching,
     one_of,
@@ -108,61 +114,52 @@ class ImageConfig(msgspec.Struct, frozen=True):
     preallocate: bool = False
 
 
-def _is_destination(path: str) -> bool:
-    return path.startswith("/") and "\0" not in path and ".." not in path.split("/")
-
-
-_PATH = Value(str, "a path", lambda path: bool(path) and "\0" not in path)
-_URL = Value(str, "an http(s) URL", is_url)
-_MAPPINGS = TableOf(
-    Value(
-        str,
-        "an absolute path in the image, without '..'",
-        _is_destination,
-        hint='a mapping is "path/on/host" = "/path/in/image", with quotes around both',
-    ),
-    _PATH,
+_PATH = matching(r"[^\x00]+", "a path")
+_DESTINATION = Value(
+    str,
+    "an absolute path in the image, without '..'",
+    pattern="^/",
+    forbidden=r"/\.\.(?:/|$)|\x00",
+    hint='a mapping is "path/on/host" = "/path/in/image", with quotes around both',
 )
-_STRATEGY = one_of("release", "local", "http")
-_AGENT_KEYS: dict[str, dict[str, Shape]] = {
-    "release": {"version": text(), "base_url": _URL, "checksum": CHECKSUM},
-    "local": {"path": _PATH},
-    "http": {"url": _URL, "checksum": CHECKSUM},
-}
-_AGENTS = {
-    strategy: Table(
-        {"source_strategy": _STRATEGY, **keys},
-        required=("source_strategy", next(iter(keys))),
-        place=f"with source_strategy {quoted(strategy)}",
-    )
-    for strategy, keys in _AGENT_KEYS.items()
-}
-_ANY_AGENT = Table(
-    {"source_strategy": _STRATEGY, **{key: shape for keys in _AGENT_KEYS.values() for key, shape in keys.items()}},
-    required=("source_strategy",),
+_MAPPINGS = TableOf(_DESTINATION, _PATH)
+_AGENT = Variants(
+    "source_strategy",
+    {
+        "release": Table({"version": text(), "base_url": URL, "checksum": CHECKSUM}, required=("version",)),
+        "local": Table({"path": _PATH}, required=("path",)),
+        "http": Table({"url": URL, "checksum": CHECKSUM}, required=("url",)),
+    },
 )
 
-_FILESYSTEMS = filesystem_tables(_MAPPINGS)
-_FLEDGE: dict[str, Shape] = {
-    "version": one_of("1"),
-    "strategy": one_of("oci_rootfs", hint='fledge-tasks builds "oci_rootfs" only'),
-    "source": Table(
-        {
-            "image": matching(r"[^\s\x00-\x1f\x7f]+", 'an image reference such as "nginx:alpine"'),
-            "platform": matching(
-                r"linux/[a-z0-9_]+(/[a-z0-9_.]+)?", 'a platform such as "linux/amd64" or "linux/arm/v7"'
-            ),
-        },
-        required=("image",),
-    ),
-    "filesystem": _FILESYSTEMS[""],
-    "mappings": _MAPPINGS,
-    "agent": _ANY_AGENT,
-    "manifest": MANIFEST,
-    "limits": Table(
-        {"layer_mb": integer(1, MAX_SIZE_MB), "entries": integer(1, MAX_INTEGER), "ratio": integer(1, MAX_INTEGER)}
-    ),
-}
+FLEDGE = Table(
+    {
+        "version": one_of("1"),
+        "strategy": one_of("oci_rootfs", hint='fledge-tasks builds "oci_rootfs" only'),
+        "source": Table(
+            {
+                "image": matching(r"[^\s\x00-\x1f\x7f]+", 'an image reference such as "nginx:alpine"'),
+                "platform": matching(
+                    r"linux/[a-z0-9_]+(/[a-z0-9_.]+)?", 'a platform such as "linux/amd64" or "linux/arm/v7"'
+                ),
+            },
+            required=("image",),
+        ),
+        "filesystem": filesystem_shape(_MAPPINGS),
+        "mappings": _MAPPINGS,
+        "agent": _AGENT,
+        "manifest": MANIFEST,
+        "limits": Table(
+            {"layer_mb": integer(1, MAX_SIZE_MB), "entries": integer(1, MAX_INTEGER), "ratio": integer(1, MAX_INTEGER)}
+        ),
+    },
+    required=("version", "strategy", "source", "filesystem"),
+)
+"""The keys of fledge.toml.
+
+What `load` refuses beyond that: two mappings onto one path, a size that is no larger than the buffer, a second
+manifest, and a folder's name that cannot be the image's.
+"""
 
 
 def load(path: Path, shown: str) -> ImageConfig:
@@ -228,19 +225,16 @@ def _parse(path: Path, shown: str) -> dict[str, Any]:
 
 
 def _findings(document: dict[str, Any]) -> Iterator[Finding]:
-    agent = document.get("agent")
-    strategy = agent.get("source_strategy") if isinstance(agent, dict) else None
-    shape = _AGENTS.get(str(strategy), _ANY_AGENT)
-    required = ("version", "strategy", "source", "filesystem")
-    filesystem = document.get("filesystem")
-    kind = filesystem.get("type") if isinstance(filesystem, dict) else None
-    table = _FILESYSTEMS.get(str(kind), _FILESYSTEMS[""])
-    yield from Table({**_FLEDGE, "agent": shape, "filesystem": table}, required).findings("", document)
+    yield from FLEDGE.findings("", document)
     yield from _collisions(document)
-    if isinstance(agent, dict) and strategy == "release" and "base_url" not in agent:
+    filesystem = document.get("filesystem")
+    if isinstance(filesystem, dict) and (message := size_conflict(filesystem)):
+        yield "filesystem", message, None
+    agent = document.get("agent")
+    if isinstance(agent, dict) and agent.get("source_strategy") == "release" and "base_url" not in agent:
         base_url = os.environ.get(BASE_URL_VARIABLE)
-        if base_url and not is_url(base_url):
-            message = f"found {quoted(base_url)} in the variable {BASE_URL_VARIABLE}, expected {_URL.expected}"
+        if base_url and not URL.accepts(base_url):
+            message = f"found {quoted(base_url)} in the variable {BASE_URL_VARIABLE}, expected {URL.expected}"
             yield "agent.base_url", message, None
 
 
@@ -250,7 +244,7 @@ def _mappings(document: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     inner = filesystem.get("mappings") if isinstance(filesystem, dict) else None
     for path, table in (("mappings", document.get("mappings")), ("filesystem.mappings", inner)):
         for source, destination in table.items() if isinstance(table, dict) else ():
-            if isinstance(destination, str) and _is_destination(destination):
+            if _DESTINATION.accepts(destination):
                 yield join(path, source), source, destination
 
 

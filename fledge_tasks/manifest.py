@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fledge_tasks.errors import SourceError
-from fledge_tasks.shapes import Array, Finding, Table, TableOf, Value, integer, is_url, matching, one_of, text
+from fledge_tasks.shapes import URL, Array, Conflict, Finding, Table, TableOf, Value, integer, matching, one_of, text
 
 SCHEMA_URL = "https://raw.githubusercontent.com/volantvm/volant/main/docs/schemas/plugin-manifest-v1.json"
 SCHEMA_VERSION = "1.0"
@@ -24,30 +24,25 @@ NAME = matching(
 _STRING = Value(str, "a string")
 _BOOLEAN = Value(bool, "true or false")
 _STRINGS = Array(_STRING, "an array of strings")
-
-
-def _document_conflict(table: dict[str, Any]) -> str | None:
-    content, path, inline = table.get("content"), table.get("path"), table.get("inline")
-    if content and path:
-        return "found both content and path, expected one of them"
-    if content and inline is not True:
-        return "found content without inline, expected inline = true beside it"
-    if path and inline is True:
-        return "found path and inline = true, expected content beside inline"
-    return None
-
-
-def _network_conflict(table: dict[str, Any]) -> str | None:
-    if (
-        table.get("mode") == "bridged"
-        and table.get("subnet")
-        and not (table.get("gateway") or table.get("auto_assign"))
-    ):
-        return "found a subnet in bridged mode, expected gateway or auto_assign = true beside it"
-    return None
-
-
-_CLOUD_INIT_DOCUMENT = Table({"inline": _BOOLEAN, "content": _STRING, "path": _STRING}, conflict=_document_conflict)
+_VARIABLE = Value(str, "the name of a variable", pattern=r"\S", forbidden=r"[=\x00]")
+_ANY = text()
+_TRUE = Value(bool, "true", choices=(True,))
+_CLOUD_INIT_DOCUMENT = Table(
+    {"inline": _BOOLEAN, "content": _STRING, "path": _STRING},
+    conflicts=(
+        Conflict("found both content and path, expected one of them", {"content": _ANY, "path": _ANY}),
+        Conflict(
+            "found content without inline, expected inline = true beside it",
+            {"content": _ANY},
+            lacking={"inline": _TRUE, "path": _ANY},
+        ),
+        Conflict(
+            "found path and inline = true, expected content beside inline",
+            {"path": _ANY, "inline": _TRUE},
+            lacking={"content": _ANY},
+        ),
+    ),
+)
 _DISK_FORMAT = one_of("raw", "qcow2")
 
 MANIFEST = Table(
@@ -63,32 +58,31 @@ MANIFEST = Table(
         "openapi": text(),
         "rootfs": Table(
             {
-                "url": Value(
-                    str, "an absolute path or an http(s) URL", lambda found: found.startswith("/") or is_url(found)
-                ),
+                "url": Value(str, "an absolute path or an http(s) URL", pattern="^(?:/|https?://[!-.0-~][!-~]*$)"),
                 "checksum": CHECKSUM,
                 # Volant boots raw and qcow2 disks; older samples name the filesystem, so any word passes.
                 "format": text(),
-            }
+            },
+            derived=("url", "checksum", "format"),
         ),
-        "resources": Table({"cpu_cores": integer(1), "memory_mb": integer(1)}),
+        "resources": Table(
+            {"cpu_cores": integer(1), "memory_mb": integer(1)},
+            derived=("cpu_cores", "memory_mb"),
+        ),
         "workload": Table(
             {
                 "type": one_of("http"),
-                "entrypoint": Array(
-                    _STRING,
-                    "an array of strings that begins with a program",
-                    lambda found: bool(found) and found[0] != "",
-                ),
-                "base_url": Value(str, "an http(s) URL", is_url),
-                "env": TableOf(
-                    _STRING,
-                    Value(str, "the name of a variable", lambda key: bool(key.strip()) and not set(key) & set("=\0")),
-                ),
+                "entrypoint": Array(_STRING, "an array of strings that begins with a program", first=text()),
+                "base_url": URL,
+                "env": TableOf(_STRING, _VARIABLE),
                 "workdir": text(),
-            }
+            },
+            derived=("type", "entrypoint", "base_url"),
         ),
-        "health_check": Table({"endpoint": text(), "timeout_ms": integer(0)}),
+        "health_check": Table(
+            {"endpoint": text(), "timeout_ms": integer(0)},
+            derived=("endpoint", "timeout_ms"),
+        ),
         "actions": TableOf(
             Table(
                 {"description": _STRING, "method": text(), "path": text(), "timeout_ms": integer(0)},
@@ -126,13 +120,26 @@ MANIFEST = Table(
                 "auto_assign": _BOOLEAN,
             },
             required=("mode",),
-            conflict=_network_conflict,
+            conflicts=(
+                Conflict(
+                    "found a subnet in bridged mode, expected gateway or auto_assign = true beside it",
+                    {"mode": one_of("bridged"), "subnet": _ANY},
+                    lacking={"gateway": _ANY, "auto_assign": _TRUE},
+                ),
+            ),
         ),
         "devices": Table({"pci_passthrough": _STRINGS, "allowlist": _STRINGS}),
         "labels": TableOf(_STRING),
-    }
-)
-"""The keys of plugin-manifest-v1 in the order in which they are written; whatever we derive may be left out."""
+    },
+    derived=(
+        "$schema", "schema_version", "name", "version", "runtime", "enabled", "image", "image_digest",
+        "rootfs", "resources", "workload", "health_check", "labels",
+    ),
+)  # fmt: skip
+"""What a user may say: the keys of plugin-manifest-v1, in the order in which they are written."""
+
+FINISHED = MANIFEST.finished()
+"""What `render` returns."""
 
 # What the manifest is derived from: image-spec, config.md, 'Properties', the object `config`.
 _OCI_CONFIG = Table(

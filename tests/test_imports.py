@@ -32,7 +32,7 @@ FLOORS = (
     ("oci",),
     ("store", "tools"),
     ("index", "leases", "run", "progress"),
-    ("fsutil", "digest", "errors", "interrupt", "notices", "shapes", "collector"),
+    ("fsutil", "digest", "errors", "interrupt", "notices", "shapes", "schema", "collector"),
     ("__init__",),
 )
 """From the top down. A module may import what is below its own floor, and its neighbours on it; a package is one."""

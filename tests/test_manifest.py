@@ -291,21 +291,3 @@ def test_check_never_raises_and_what_it_passes_can_be_rendered(user: dict[str, o
 )
 def test_shown_is_short_and_safe(value: object, expected: str) -> None:
     assert shapes.shown(value) == expected
-
-
-SCHEMA = Path(__file__).parents[2] / "shared/schemas/plugin-manifest-v1.json"
-
-
-@pytest.mark.skipif(not SCHEMA.exists(), reason="Volant's schema is not beside this checkout")
-def test_keys_are_those_of_the_schema() -> None:
-    schema = json.loads(SCHEMA.read_text())
-    assert set(manifest.MANIFEST.fields) == set(schema["properties"]) - {"initramfs"}
-    assert set(schema["required"]) <= set(rendered({}, NGINX))
-    for name, part in schema["properties"].items():
-        shape = manifest.MANIFEST.fields.get(name)
-        if isinstance(shape, shapes.Table):
-            assert set(shape.fields) == set(part["properties"])
-            assert set(part.get("required", ())) <= {*shape.required, *rendered({}, NGINX).get(name, ())}
-        elif isinstance(shape, shapes.Array) and isinstance(shape.item, shapes.Table):
-            assert set(shape.item.fields) == set(part["items"]["properties"])
-            assert set(shape.item.required) == set(part["items"]["required"])

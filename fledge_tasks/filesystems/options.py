@@ -21,6 +21,7 @@ class Options:
     default        features that an image has unless they are left out
     removable      those of them that may be left out
     addable        other features that may be added
+    needs          a word of `feature_words`, another one that it needs, and why
     has_ratio      whether the number of inodes is fixed when the filesystem is made
     """
 
@@ -30,6 +31,7 @@ class Options:
     default: tuple[str, ...]
     removable: tuple[str, ...]
     addable: tuple[str, ...]
+    needs: tuple[tuple[str, str, str], ...] = ()
     has_ratio: bool = False
 
     def feature_words(self) -> tuple[str, ...]:
@@ -64,6 +66,7 @@ OPTIONS = {
         default=("finobt", "inobtcount", "bigtime", "reflink", "sparse"),
         removable=("finobt", "inobtcount", "bigtime", "reflink", "sparse"),
         addable=("rmapbt",),
+        needs=(("^finobt", "^inobtcount", "which counts what finobt holds"),),
     ),
     "btrfs": Options(
         label_bytes=255,
@@ -75,11 +78,3 @@ OPTIONS = {
     ),
 }  # fmt: skip
 """By type. mkfs.xfs makes nothing smaller since 5.19, mkfs.btrfs since 6.2."""
-
-
-def conflict(kind: str, features: Iterable[str]) -> str | None:
-    """Return what is wrong with features that are right one by one."""
-    chosen = set(features)
-    if kind == "xfs" and "^finobt" in chosen and "^inobtcount" not in chosen:
-        return 'found "^finobt" in features, expected "^inobtcount" beside it, which counts what finobt holds'
-    return None
