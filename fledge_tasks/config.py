@@ -25,7 +25,7 @@ from fledge_tasks.filesystem_settings import (
     filesystem_shape,
     size_conflict,
 )
-from fledge_tasks.manifest import CHECKSUM, MANIFEST, NAME, check
+from fledge_tasks.manifest import CHECKSUM, MANIFEST, NAME, check, normal_checksum
 from fledge_tasks.shapes import (
     MAX_INTEGER,
     URL,
@@ -267,8 +267,7 @@ def _collisions(document: dict[str, Any]) -> Iterator[Finding]:
 def _agent(table: dict[str, str]) -> Agent:
     agent = Agent(**table)  # type: ignore[arg-type]
     if agent.checksum:
-        checksum = "sha256:" + agent.checksum.removeprefix("sha256:").lower()
-        agent = msgspec.structs.replace(agent, checksum=checksum)
+        agent = msgspec.structs.replace(agent, checksum=normal_checksum(agent.checksum))
     if agent.source_strategy == "release" and not agent.base_url:
         agent = msgspec.structs.replace(agent, base_url=os.environ.get(BASE_URL_VARIABLE) or None)
     return agent

@@ -151,6 +151,10 @@ class FilesystemError(FledgeError):
     """The filesystem cannot hold the tree, or cannot be made here."""
 
 
+class ManifestError(FledgeError):
+    """What the user wants in the manifest is not true of the image that was built."""
+
+
 class ArchiveError(FledgeError):
     """A file is not an archive of cache entries, or a damaged one."""
 

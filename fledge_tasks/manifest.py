@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fledge_tasks.errors import SourceError
+from fledge_tasks.errors import ManifestError, SourceError
 from fledge_tasks.shapes import URL, Array, Conflict, Finding, Table, TableOf, Value, integer, matching, one_of, text
 
 SCHEMA_URL = "https://raw.githubusercontent.com/volantvm/volant/main/docs/schemas/plugin-manifest-v1.json"
@@ -43,9 +44,15 @@ _CLOUD_INIT_DOCUMENT = Table(
         ),
     ),
 )
+_URL_PREFIX = Value(
+    str,
+    "an absolute path or an http(s) URL without '?' and '#'",
+    pattern="^(?:/|https?://[!-.0-~][!-~]*$)",
+    forbidden="[?#]",
+)
 _DISK_FORMAT = one_of("raw", "qcow2")
 
-MANIFEST = Table(
+_WRITTEN = Table(
     {
         "$schema": _STRING,
         "schema_version": one_of(SCHEMA_VERSION),
@@ -60,8 +67,8 @@ MANIFEST = Table(
             {
                 "url": Value(str, "an absolute path or an http(s) URL", pattern="^(?:/|https?://[!-.0-~][!-~]*$)"),
                 "checksum": CHECKSUM,
-                # Volant boots raw and qcow2 disks; older samples name the filesystem, so any word passes.
-                "format": text(),
+                # Of the disk: raw or qcow2. Volant's first samples name the filesystem, as its later versions let one.
+                "format": one_of("raw", "qcow2", "ext4", "xfs", "btrfs", "squashfs"),
             },
             derived=("url", "checksum", "format"),
         ),
@@ -136,10 +143,13 @@ MANIFEST = Table(
         "rootfs", "resources", "workload", "health_check", "labels",
     ),
 )  # fmt: skip
-"""What a user may say: the keys of plugin-manifest-v1, in the order in which they are written."""
+"""The keys of plugin-manifest-v1 in the order in which they are written."""
 
-FINISHED = MANIFEST.finished()
+FINISHED = _WRITTEN.finished()
 """What `render` returns."""
+
+MANIFEST = dataclasses.replace(_WRITTEN, fields={**_WRITTEN.fields, "url_prefix": _URL_PREFIX})
+"""What a user may say: all that is written, and where images will be published."""
 
 # What the manifest is derived from: image-spec, config.md, 'Properties', the object `config`.
 _OCI_CONFIG = Table(
@@ -173,11 +183,16 @@ def render(
     """Return the manifest as ASCII JSON: the `user`'s keys, and for all others what `oci_config` says.
 
     Tables are merged key by key, lists are replaced as a whole. `user` has passed `check`, and
-    `oci_config` is the whole config document of the image, `rootfs` an absolute path. The same
-    arguments give the same bytes, whatever the order of their keys.
+    `oci_config` is the whole config document of the image, `rootfs` an absolute path. The URL is that
+    path, or with `url_prefix` where `<prefix>/<name>/<file>` is. The same arguments give the same
+    bytes, whatever the order of their keys.
 
-    Raises SourceError naming the key of the OCI config that has a wrong type; null counts as absent.
+    Raises SourceError naming the key of the OCI config that has a wrong type (null counts as absent),
+    ManifestError when the user named another checksum than `checksum`.
     """
+    user = dict(user)
+    prefix = user.pop("url_prefix", None)
+    _check_checksum(user, checksum, name)
     run = _run_config(oci_config, image)
     command = [*run.get("Entrypoint", ()), *run.get("Cmd", ())]
     while command and not command[0].strip():  # `ENTRYPOINT [""]` is how people reset an inherited one
@@ -191,20 +206,42 @@ def render(
         "enabled": True,
         "image": image,
         "image_digest": image_digest,
-        "rootfs": {"url": str(rootfs), "checksum": checksum, "format": "raw"},
+        "rootfs": {"url": _url(rootfs, name, prefix), "checksum": checksum, "format": "raw"},
         "resources": {"cpu_cores": 1, "memory_mb": 1024},
         "workload": {
             "type": "http",
             "entrypoint": command or ["/bin/sh"],
             "base_url": f"http://127.0.0.1:{_lowest_tcp_port(run.get('ExposedPorts', {}))}",
             **({"env": env} if (env := _environment(run.get("Env", ()))) else {}),
-            **({"workdir": workdir} if (workdir := run.get("WorkingDir")) else {}),
+            **({"workdir": workdir} if (workdir := run.get("WorkingDir", "")).strip() else {}),
         },
         "health_check": {"endpoint": "/", "timeout_ms": 10000},
         # The guest's agent reads the type and the device of its root from these, not from rootfs.format.
         "labels": {"volant.rootfs_fstype": filesystem, "volant.rootfs_device": "vda"},
     }
-    return (json.dumps(MANIFEST.ordered(_merged(derived, user)), indent=2) + "\n").encode()
+    merged = _merged(derived, user)
+    merged["rootfs"] = {**merged["rootfs"], "checksum": checksum}
+    return (json.dumps(FINISHED.ordered(merged), indent=2) + "\n").encode()
+
+
+def _check_checksum(user: Mapping[str, Any], checksum: str, name: str) -> None:
+    """Raise ManifestError when the user wants another file than there is: else Volant would refuse it, much later."""
+    wanted = normal_checksum(user.get("rootfs", {}).get("checksum", checksum))
+    if wanted != checksum:
+        raise ManifestError(
+            f"found {checksum}, expected {wanted}",
+            where=f"{name}: rootfs.checksum",
+            hint="leave the key out of the manifest: what is written is the checksum of the image as it is",
+        )
+
+
+def normal_checksum(written: str) -> str:
+    """Return a checksum that CHECKSUM accepts as `sha256:` and lower-case digits."""
+    return "sha256:" + written.removeprefix("sha256:").lower()
+
+
+def _url(rootfs: Path, name: str, prefix: object) -> str:
+    return str(rootfs) if prefix is None else f"{str(prefix).rstrip('/')}/{name}/{rootfs.name}"
 
 
 def _run_config(oci_config: Mapping[str, object], image: str) -> dict[str, Any]:
@@ -221,7 +258,7 @@ def _run_config(oci_config: Mapping[str, object], image: str) -> dict[str, Any]:
 
 def _environment(variables: Collection[str]) -> dict[str, str]:
     pairs = (variable.partition("=") for variable in variables)
-    return {name: value for name, equals, value in pairs if name and equals}
+    return {name: value for name, equals, value in pairs if equals and _VARIABLE.accepts(name)}
 
 
 def _lowest_tcp_port(exposed: Collection[str]) -> int:
@@ -230,7 +267,7 @@ def _lowest_tcp_port(exposed: Collection[str]) -> int:
     return min((int(port[1]) for port in found if port and 1 <= int(port[1]) <= 65535), default=80)
 
 
-def _merged(derived: Mapping[str, object], user: Mapping[str, object]) -> dict[str, object]:
+def _merged(derived: Mapping[str, object], user: Mapping[str, object]) -> dict[str, Any]:
     merged = {**derived, **user}
     for key in derived.keys() & user.keys():
         below, above = derived[key], user[key]

@@ -21,7 +21,7 @@ from typing import Any
 from fledge_tasks import agent, collector, fsutil, manifest, mappings, output
 from fledge_tasks.assemble import assemble as assemble_image
 from fledge_tasks.digest import sha256_bytes, short
-from fledge_tasks.errors import BlobError, StoreError
+from fledge_tasks.errors import BlobError, FledgeError, StoreError
 from fledge_tasks.filesystems import backend, possible, skeleton
 from fledge_tasks.filesystems.options import OPTIONS
 from fledge_tasks.filesystems.parameters import Parameters
@@ -349,16 +349,20 @@ def write_manifest(planner: Planner, plan: ImagePlan) -> Values:
         config = store.find(plan.config.key())
         if config is None:
             raise _gone("the OCI config")
-        data = manifest.render(
-            plan.image.manifest,
-            parse_config(config.file(DATA).read_bytes(), where=f"{plan.image.name}: OCI config"),
-            name=plan.image.name,
-            image=record.image,
-            image_digest=record.image_digest,
-            rootfs=plan.output,
-            checksum=record.checksum,
-            filesystem=record.filesystem,
-        )
+        try:
+            data = manifest.render(
+                plan.image.manifest,
+                parse_config(config.file(DATA).read_bytes(), where=f"{plan.image.name}: OCI config"),
+                name=plan.image.name,
+                image=record.image,
+                image_digest=record.image_digest,
+                rootfs=plan.output,
+                checksum=record.checksum,
+                filesystem=record.filesystem,
+            )
+        except FledgeError:
+            output.remove(plan.manifest_output)  # it describes the image that was here before
+            raise
         with _writing(plan.manifest_output):
             fsutil.remove_stale(plan.manifest_output)
             fsutil.write_atomic(plan.manifest_output, data)

@@ -191,6 +191,9 @@ def test_manifests(tmp_path: Path) -> None:
     assert difference.message.startswith(
         f"the checksum is {sha256_of(image)}, and should be {right['rootfs']['checksum']}"
     )
+    for named in ({**right["rootfs"], "format": "ext4"}, {"checksum": right["rootfs"]["checksum"]}):
+        manifest.write_text(json.dumps({"rootfs": named}))
+        assert len(list(check_manifest(image, manifest))) == 1
     for text in ("", "[]", "{}", '{"rootfs": 1}', '{"rootfs": {"format": "raw"}}'):
         manifest.write_text(text)
         [difference] = check_manifest(image, manifest)
