@@ -8,7 +8,7 @@ HELLO := examples/hello
 # What must be there, a program or a file, and the Debian package that brings it.
 DEMO_TOOLS := skopeo:skopeo mke2fs:e2fsprogs /var/lib/dpkg/info/busybox-static.list:busybox-static
 TEST_TOOLS := $(DEMO_TOOLS) umoci:umoci buildah:buildah mmdebstrap:mmdebstrap docker-registry:docker-registry \
-	dockerd:docker.io setpriv:util-linux zstd:zstd faketime:faketime mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs \
+	dockerd:docker.io setpriv:util-linux zstd:zstd openssl:openssl faketime:faketime mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs \
 	/usr/share/keyrings/debian-archive-keyring.gpg:debian-archive-keyring
 
 # Each Python of pyenv and of the PATH from 3.11 on, and the tests that depend on it; PYTHONS chooses others.

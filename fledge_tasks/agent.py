@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import stat
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ _GITHUB_DOWNLOADS = "/releases/download"
 
 
 class AgentSpec(msgspec.Struct, frozen=True):
-    """The `[agent]` table. `release` uses `version` and `base_url`, `local` `path`, `http` `url` and `checksum`."""
+    """The `[agent]` table: `release` uses `version` and `base_url`, `local` `path`, `http` `url`, all `checksum`."""
 
     source_strategy: Literal["release", "local", "http"]
     version: str | None = None
@@ -63,20 +63,47 @@ def lock_name(spec: AgentSpec, architecture: str = "amd64") -> str:
     return f"agent:{agent_url(spec, architecture) or spec.path}"
 
 
+def lasting_url(url: str, redirects: Sequence[str]) -> str | None:
+    """Return where what was found at `url` will be when `url` leads elsewhere; None when nothing tells.
+
+    That is the last of the `redirects` that stays on the server of `url` and holds no secret. GitHub, for one, sends
+    'latest' on to the address of a release, and from there to another server, with a query that expires.
+    """
+    host = urllib.parse.urlsplit(url).hostname
+    for redirect in reversed(redirects):
+        parts = urllib.parse.urlsplit(redirect)
+        if parts.hostname == host and redirect != url and not parts.query and "@" not in parts.netloc:
+            return redirect
+    return None
+
+
 def local_agent(spec: AgentSpec, folder: Path, digest_of: Callable[[Path], str]) -> tuple[Path, Digest, int]:
     """Return path, digest and size in bytes of a local agent; `path` is relative to fledge.toml's `folder`.
 
-    Raises AgentError when it is not there, not a regular file, or cannot be read.
+    Raises AgentError when it is not there, not a regular file, cannot be read, or is not what its checksum names.
     """
     path = folder / (spec.path or "")
+    where = f"agent.path: {path}"
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise AgentError("not a regular file", where=f"agent.path: {path}")
-        return path, Digest(digest_of(path)), status.st_size
+            raise AgentError("not a regular file", where=where)
+        digest = Digest(digest_of(path))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise AgentError(f"cannot be read: {reason}", where=f"agent.path: {path}") from None
+        raise AgentError(f"cannot be read: {reason}", where=where) from None
+    check(digest, spec.checksum, where)
+    return path, digest, status.st_size
+
+
+def check(digest: str, checksum: str | None, where: str) -> None:
+    """Raise AgentError when an agent is not what its checksum names, if it has one."""
+    if checksum is not None and digest != checksum:
+        raise AgentError(
+            f"is not what its checksum names: found {digest}, expected {checksum}",
+            where=where,
+            hint="if the new content is meant to be used, change agent.checksum in fledge.toml",
+        )
 
 
 def program(digest: str, size: int) -> MappedFile:

@@ -73,7 +73,7 @@ class Limits(msgspec.Struct, frozen=True):
 class Agent(msgspec.Struct, frozen=True):
     """`[agent]`: `release` has `version`, `local` has `path`, `http` has `url`.
 
-    `checksum`, of what is downloaded, is `sha256:` and 64 lower-case hexadecimal digits. `base_url`
+    `checksum` is `sha256:` and 64 lower-case hexadecimal digits. `base_url`
     of a release is that of the file, else that of FLEDGE_AGENT_BASE_URL, else None: the project's own.
     """
 
@@ -127,7 +127,7 @@ _AGENT = Variants(
     "source_strategy",
     {
         "release": Table({"version": text(), "base_url": URL, "checksum": CHECKSUM}, required=("version",)),
-        "local": Table({"path": _PATH}, required=("path",)),
+        "local": Table({"path": _PATH, "checksum": CHECKSUM}, required=("path",)),
         "http": Table({"url": URL, "checksum": CHECKSUM}, required=("url",)),
     },
 )

@@ -23,6 +23,7 @@ from http.client import HTTPException, HTTPMessage, HTTPSConnection, InvalidURL
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from fledge_tasks import agent
 from fledge_tasks.digest import Digest
 from fledge_tasks.errors import AgentError
 
@@ -40,12 +41,18 @@ _PROGRAM_MAGIC = (b"\x7fELF", b"#!")
 
 
 def download(
-    url: str, into: Path, *, checksum: str | None = None, advance: Callable[[int], None] = lambda _: None
+    url: str,
+    into: Path,
+    *,
+    checksum: str | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+    redirected: Callable[[str], None] = lambda _: None,
 ) -> Digest:
     """Fetch `url` to the file `into`, synced to disk, and return its digest.
 
     `into` must be a name that nobody else looks at; it is gone when an error is raised. `advance`
-    is told the bytes that arrived, a negative number when a transfer starts over. Broken
+    is told the bytes that arrived, a negative number when a transfer starts over, `redirected` each
+    address that a server sent us on to. http_proxy, https_proxy and no_proxy hold. Broken
     connections and busy servers (408, 429, 5xx) are tried again after BACKOFF_SECONDS, from where
     the transfer broke off if the server can prove that the file is still the same (RFC 9110, 13.1.5
     and 14). Raises AgentError for any other status than 200, a redirect from https to http, more
@@ -58,10 +65,10 @@ def download(
     except ValueError as error:
         raise AgentError(f"not a URL: {error}", where=url) from None
     if scheme not in {"http", "https"}:
-        raise AgentError("only http and https URLs can be downloaded", where=_show(url))
+        raise AgentError("only http and https URLs can be downloaded", where=without_secrets(url))
     try:
         with into.open("w+b") as file:
-            transfer = _Transfer(url, file, advance)
+            transfer = _Transfer(url, file, advance, redirected)
             transfer.run()
             digest = Digest("sha256:" + transfer.hash.hexdigest())
             _check(transfer, digest, checksum)
@@ -74,12 +81,7 @@ def download(
 
 
 def _check(transfer: _Transfer, digest: str, checksum: str | None) -> None:
-    if checksum is not None and digest != checksum:
-        raise AgentError(
-            f"is not what its checksum names: found {digest}, expected {checksum}",
-            where=transfer.shown,
-            hint="if the new content is meant to be used, change agent.checksum in fledge.toml",
-        )
+    agent.check(digest, checksum, transfer.shown)
     transfer.file.seek(0)
     if not transfer.file.read(4).startswith(_PROGRAM_MAGIC):
         raise AgentError(
@@ -94,29 +96,35 @@ class _BrokenOffError(Exception):
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
+    def __init__(self, redirected: Callable[[str], None]) -> None:
+        self._redirected = redirected
+
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
         if req.type == "https" and urllib.parse.urlsplit(newurl).scheme != "https":
-            raise AgentError("redirects from https to http, which is refused", where=_show(req.full_url))
+            raise AgentError("redirects from https to http, which is refused", where=without_secrets(req.full_url))
         fp.close()  # else the caller would read all of a body that nobody wants
+        self._redirected(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 class _Transfer:
     """One download over as many connections as it takes: `file` and `hash` hold the first `done` bytes."""
 
-    def __init__(self, url: str, file: BinaryIO, advance: Callable[[int], None]) -> None:
+    def __init__(
+        self, url: str, file: BinaryIO, advance: Callable[[int], None], redirected: Callable[[str], None]
+    ) -> None:
         self.file = file
         self.hash = hashlib.sha256()
         self.done = 0
-        self.shown = _show(url)
+        self.shown = without_secrets(url)
         self._url = url
         self._advance = advance
         self._validator: str | None = None
         self._received = 0  # over all attempts
         self._watchdog = _Watchdog(lambda: self._received)
-        self._opener = urllib.request.build_opener(_Redirects, *self._watchdog.handlers)
+        self._opener = urllib.request.build_opener(_Redirects(redirected), *self._watchdog.handlers)
 
     def run(self) -> None:
         """Transfer the whole file. Raises AgentError, and OSError for `file`."""
@@ -271,7 +279,7 @@ def _validator(headers: HTTPMessage) -> str | None:
     return tag if tag is not None and tag.startswith('"') else headers.get("Last-Modified")
 
 
-def _show(url: str) -> str:
+def without_secrets(url: str) -> str:
     """Return `url` for messages: without user, password and query, which may be secret."""
     parts = urllib.parse.urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()

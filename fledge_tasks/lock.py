@@ -2,13 +2,14 @@
 
     fledge.lock = {"version": 1,
                    "images": {"<reference> <platform>": locked image},
-                   "agents": {"<agent>": {"digest"}}}
+                   "agents": {"<agent>": {"digest"[, "url"]}}}
     locked image = {"image": image, "identity", "created"}
     image        = {"origin", "manifest", "config", "platform", "layers": [layer]}
     layer        = {"diff_id", "blob", "size", "media_type"}
 
 Paths in references are relative to the workspace. `identity` is what a local source is recognised
-by in later runs, `created` the image's creation time in seconds since the epoch. Keys are sorted,
+by in later runs, `created` the image's creation time in seconds since the epoch. `url` is where the agent of
+that digest can be had when its own address, say that of 'latest', leads to another one. Keys are sorted,
 so that two branches that lock different images merge.
 
 Version history: 1 first version.
@@ -39,10 +40,11 @@ class LockedImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     created: int
 
 
-class LockedAgent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LockedAgent(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One downloaded agent."""
 
     digest: str
+    url: str | None = None
 
 
 class Content(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -7,15 +7,17 @@ that the store has lost; that is then asked for by its digest.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from fledge_tasks import agent
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.digest import Digest, sha256_bytes, short
-from fledge_tasks.download import download
+from fledge_tasks.download import download, without_secrets
 from fledge_tasks.errors import AgentError, OfflineError, SourceError
 from fledge_tasks.fresh import is_resolved, is_unpacked
 from fledge_tasks.keys import Agent, Config
@@ -30,12 +32,13 @@ from fledge_tasks.store import Store
 _CREATED = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:\d\d)")
 
 
-def resolve(planner: Planner, image: ImageConfig, *, update: bool = False) -> Values:
+def resolve(planner: Planner, image: ImageConfig, *, update: bool = False, update_agent: bool = False) -> Values:
     """Find out which image and agent are meant, pin them, and keep config and agent in the store.
 
-    Layers that had to be exported for that go into the store, too. With `update`, what is pinned
-    is asked for anew. Raises what `source.resolve` and `download` raise; the lock file is as
-    it was then.
+    Layers that had to be exported for that go into the store, too. With `update` an image that is
+    pinned is asked for anew, with `update_agent` an agent. However many images name one agent at
+    once, it is asked for once. Raises what `source.resolve` and `download` raise; the lock file is
+    as it was then.
     """
     store = planner.store
     name, agent_name = planner.lock_name(image), planner.agent_name(image)
@@ -44,16 +47,19 @@ def resolve(planner: Planner, image: ImageConfig, *, update: bool = False) -> Va
         is_stale = planner.unresolved(image) is not None
         if not update and not is_stale and is_resolved(planner, image):
             return HIT
-        content = planner.lock.read()
-        pinned = content.images.get(name)
+        pinned = planner.lock.read().images.get(name)
         is_pinned = pinned is not None and pinned.image.origin == "docker"
         locked, moved = _resolve_image(planner, image, key, pinned if is_pinned and not update else None)
-        agents: dict[str, LockedAgent] = {}
-        if agent_name is not None:
-            known = None if update else content.agents.get(agent_name)
-            agents[agent_name], count = _resolve_agent(planner, image, key, known)
-            moved += count
-        with store.building(sha256_bytes(f"lock file {planner.workspace.lock}".encode())):
+        with contextlib.ExitStack() as stack:
+            agents: dict[str, LockedAgent] = {}
+            if agent_name is not None:
+                stack.enter_context(store.building(sha256_bytes(f"{planner.workspace.lock} {agent_name}".encode())))
+                known = planner.lock.read().agents.get(agent_name)
+                if update_agent or (update and not (known and store.find(Agent(digest=known.digest).key()))):
+                    known = None
+                agents[agent_name], count = _resolve_agent(planner, image, key, known)
+                moved += count
+            stack.enter_context(store.building(sha256_bytes(f"lock file {planner.workspace.lock}".encode())))
             planner.lock.update({name: locked}, agents)
     planner.forget(image)
     return {"bytes": moved}
@@ -111,17 +117,18 @@ def _resolve_agent(
     spec = planner.agent_spec(image)
     assert spec is not None
     checksum = spec.checksum or (pinned.digest if pinned else None)
+    pinned_url = pinned.url if pinned is not None and pinned.digest == checksum else None
     store = planner.store
     if checksum is not None and store.find(Agent(digest=checksum).key()) is not None:
-        return LockedAgent(checksum), 0
+        return LockedAgent(checksum, pinned_url), 0
     url = agent.agent_url(spec, image.source.platform.split("/")[1])
     assert url is not None
     if planner.offline:
-        raise OfflineError(f"the agent would have to be downloaded from {url}", where=f"{image.file}: agent")
+        message = f"the agent would have to be downloaded from {without_secrets(url)}"
+        raise OfflineError(message, where=f"{image.file}: agent")
     with store.staging(key) as folder:
-        progress = meter()
         try:
-            digest = download(url, folder / DATA, checksum=checksum, advance=progress.add)
+            digest, found_at = _download(url, pinned_url, checksum, folder / DATA)
         except AgentError as error:
             if pinned is not None and spec.checksum is None and error.hint:
                 hint = "the release was replaced since it was pinned: `fledge lock --update` accepts the new one"
@@ -130,7 +137,19 @@ def _resolve_agent(
         record = Agent(digest=digest)
         with store.building(record.key()):
             found = store.find(record.key())
-            return LockedAgent(digest), 0 if found else store.publish(record.text(), record.stage(), folder).size
+            size = 0 if found else store.publish(record.text(), record.stage(), folder).size
+            return LockedAgent(digest, found_at), size
+
+
+def _download(url: str, pinned_url: str | None, checksum: str | None, into: Path) -> tuple[Digest, str | None]:
+    """Get an agent, first from where it was when it was pinned; return its digest, and where it will be."""
+    progress = meter()
+    if pinned_url is not None:
+        with contextlib.suppress(AgentError):
+            return download(pinned_url, into, checksum=checksum, advance=progress.add), pinned_url
+    redirects: list[str] = []
+    digest = download(url, into, checksum=checksum, advance=progress.add, redirected=redirects.append)
+    return digest, agent.lasting_url(url, redirects)
 
 
 def created(config: Mapping[str, object]) -> int:

@@ -96,6 +96,7 @@ class Graph:
         self._tell = tell
         self._told: set[str] = set()
         self._layers: set[str] = set()
+        self._agents: set[str] = set()
         self._images: list[ImageConfig] = []
         self._missed: dict[str, bool] = {}
 
@@ -128,7 +129,7 @@ class Graph:
         for task in after:
             yield Task(task, None, uptodate=[partial(self._reread, image)], task_dep=self._after)
         yield self._task(
-            "resolve", name, _resolve, (planner, image, self._update), check, missing, task_dep=after
+            "resolve", name, _resolve, (planner, image, *self._updates(image)), check, missing, task_dep=after
         )  # fmt: skip
         if plan is None:
             yield from self._late_tasks(image)
@@ -216,6 +217,14 @@ class Graph:
         with contextlib.suppress(FledgeError):  # mkfs will say it
             ext4.load()  # here, and not in each worker anew
 
+    def _updates(self, image: ImageConfig) -> tuple[bool, bool]:
+        """Return whether to ask anew for an image, and for its agent: that is done for the first image that has it."""
+        agent = self._planner.agent_name(image)
+        is_first = agent is not None and agent not in self._agents
+        if agent is not None:
+            self._agents.add(agent)
+        return self._update, self._update and is_first
+
     def _check_resolve(self, image: ImageConfig) -> Callable[[], bool]:
         return lambda: not self._update and fresh.is_resolved(self._planner, image)
 
@@ -290,10 +299,10 @@ def _unplanned(planner: Planner, image: ImageConfig) -> Values:
 # What builds is imported when something has to be built: it takes longer than a build that does nothing.
 
 
-def _resolve(planner: Planner, image: ImageConfig, update: bool) -> Values:
+def _resolve(planner: Planner, image: ImageConfig, update: bool, update_agent: bool) -> Values:
     from fledge_tasks.resolve import resolve
 
-    return resolve(planner, image, update=update)
+    return resolve(planner, image, update=update, update_agent=update_agent)
 
 
 def _fetch(planner: Planner, plan: ImagePlan, layer: Layer) -> Values:

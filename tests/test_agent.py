@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
+import socketserver
+import ssl
+import subprocess
 import threading
 import time
 import urllib.request
@@ -16,11 +20,12 @@ from pathlib import Path
 import pytest
 
 from fledge_tasks import download as downloads
-from fledge_tasks.agent import AgentSpec, agent_url, config_file, local_agent, lock_name, program
+from fledge_tasks.agent import AgentSpec, agent_url, config_file, lasting_url, local_agent, lock_name, program
 from fledge_tasks.digest import sha256_bytes, sha256_file
 from fledge_tasks.download import download
 from fledge_tasks.errors import AgentError
 from fledge_tasks.mappings import MappedFile
+from tests.tools import need
 
 PROGRAM = b"\x7fELF" + bytes(range(256)) * 1200
 TAG = '"v1"'
@@ -152,7 +157,7 @@ def test_redirect_to_a_file_is_refused(server: Server, tmp_path: Path) -> None:
 def test_redirect_from_https_to_http_is_refused() -> None:
     request = urllib.request.Request("https://user:secret@example.com/kestrel?token=secret")
     with pytest.raises(AgentError, match="from https to http") as caught:
-        downloads._Redirects().redirect_request(request, BytesIO(), 302, "", Message(), "http://example.com/")  # type: ignore[arg-type]
+        downloads._Redirects(print).redirect_request(request, BytesIO(), 302, "", Message(), "http://example.com/")  # type: ignore[arg-type]
     assert caught.value.where == "https://example.com/kestrel"
 
 
@@ -375,7 +380,187 @@ def test_interrupt_leaves_nothing(server: Server, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+# --- proxies ----------------------------------------------------------------------------------------------
+
+
+class Proxy(ThreadingHTTPServer):
+    """Answers what it is asked for with the program itself, or makes the tunnel that it is asked for."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), ProxyHandler)
+        self.asked: list[tuple[str, str | None]] = []
+        self.tunnel_to = ("127.0.0.1", 0)
+
+    def url(self, login: str = "") -> str:
+        return f"http://{login}127.0.0.1:{self.server_address[1]}"
+
+
+class ProxyHandler(Handler):
+    def do_GET(self) -> None:
+        self._note()
+        self.reply(200, PROGRAM)
+
+    def do_CONNECT(self) -> None:
+        self._note()
+        self.send_response(200)
+        self.end_headers()
+        with socket.create_connection(self.proxy.tunnel_to) as far:
+            ways = [threading.Thread(target=pump, args=way) for way in ((self.connection, far), (far, self.connection))]
+            for way in ways:
+                way.start()
+            for way in ways:
+                way.join()
+        self.close_connection = True
+
+    @property
+    def proxy(self) -> Proxy:
+        assert isinstance(self.server, Proxy)
+        return self.server
+
+    def _note(self) -> None:
+        self.proxy.asked.append((f"{self.command} {self.path}", self.headers.get("Proxy-Authorization")))
+
+
+def pump(source: socket.socket, target: socket.socket) -> None:
+    """Copy what comes until its end."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+
+@contextlib.contextmanager
+def serving(server: socketserver.BaseServer) -> Iterator[None]:
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy, with an environment that names none yet."""
+    for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(downloads, "BACKOFF_SECONDS", (0.0,))
+    running = Proxy()
+    with serving(running):
+        yield running
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY"])
+def test_a_proxy(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, proxy.url("me:secret@"))
+    assert download("http://agents.invalid/kestrel", tmp_path / "x") == sha256_bytes(PROGRAM)
+    assert proxy.asked == [("GET http://agents.invalid/kestrel", "Basic bWU6c2VjcmV0")]
+
+
+def test_no_proxy(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", proxy.url())
+    monkeypatch.setenv("no_proxy", "example.com,127.0.0.1")
+    server = Server()
+    with serving(server):
+        assert download(server.url(whole), tmp_path / "x") == sha256_bytes(PROGRAM)
+    assert proxy.asked == []
+    assert len(server.requests) == 1
+
+
+def test_a_proxy_that_is_not_there(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody goes around it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("http_proxy", f"http://me:secret@127.0.0.1:{free.getsockname()[1]}")
+        server = Server()
+        with serving(server), pytest.raises(AgentError, match="refused") as caught:
+            download(server.url(whole), tmp_path / "x")
+    assert server.requests == proxy.asked == []
+    assert "secret" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate for agents.invalid, and its key, in one file."""
+    need("openssl")
+    file = tmp_path_factory.mktemp("tls") / "agents.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=agents.invalid",
+         "-addext", "subjectAltName=DNS:agents.invalid", "-keyout", file, "-out", f"{file}.crt"],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    with file.open("ab") as both:
+        both.write(file.with_name("agents.pem.crt").read_bytes())
+    return file
+
+
+@pytest.fixture
+def tls_server(certificate: Path, proxy: Proxy) -> Iterator[Server]:
+    """A server for agents.invalid, to which the proxy leads."""
+    server = Server()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    proxy.tunnel_to = ("127.0.0.1", server.server_address[1])
+    with serving(server):
+        yield server
+
+
+def test_https_through_a_proxy(
+    proxy: Proxy, tls_server: Server, certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is resumed through it, and another certificate authority is taken from where OpenSSL looks for it."""
+    monkeypatch.setenv("https_proxy", proxy.url("me:secret@"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    path = tls_server.url(cut(100_000, ETag=TAG), whole).rpartition("/")[2]
+    assert download(f"https://agents.invalid/{path}", tmp_path / "x") == sha256_bytes(PROGRAM)
+    assert proxy.asked == [("CONNECT agents.invalid:443", "Basic bWU6c2VjcmV0")] * 2
+    assert tls_server.ranges == [None, "bytes=100000-"]
+
+
+def test_a_certificate_that_nobody_vouches_for(
+    proxy: Proxy, tls_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("https_proxy", proxy.url())
+    with pytest.raises(AgentError, match="certificate verify failed"):
+        download(f"https://agents.invalid/{tls_server.url(whole).rpartition('/')[2]}", tmp_path / "x")
+    assert tls_server.requests == []
+    assert len(proxy.asked) == 1, "another attempt would not help"
+
+
+# --- where agents are ------------------------------------------------------------------------------------------
+
 GITHUB = "https://github.com/volantvm/volant/releases"
+
+
+@pytest.mark.parametrize(
+    ("redirects", "expected"),
+    [
+        ([], None),
+        ([f"{GITHUB}/download/v1/kestrel"], f"{GITHUB}/download/v1/kestrel"),
+        ([f"{GITHUB}/download/v1/kestrel", "https://storage.example/x?sig=1"], f"{GITHUB}/download/v1/kestrel"),
+        ([f"{GITHUB}/a", f"{GITHUB}/b"], f"{GITHUB}/b"),
+        (["https://storage.example/x"], None),
+        ([f"{GITHUB}/download/v1/kestrel?token=1"], None),
+        (["https://me:secret@github.com/x"], None),
+        ([f"{GITHUB}/latest/download/kestrel"], None),
+    ],
+)
+def test_lasting_url(redirects: list[str], expected: str | None) -> None:
+    assert lasting_url(f"{GITHUB}/latest/download/kestrel", redirects) == expected
+
+
+def test_redirects_are_told(server: Server, tmp_path: Path) -> None:
+    target = server.url(whole)
+    told: list[str] = []
+    download(server.url(moved(target)), tmp_path / "x", redirected=told.append)
+    assert told == [target]
 
 
 @pytest.mark.parametrize(

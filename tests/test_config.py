@@ -210,7 +210,8 @@ resources = { cpu_cores = 1.0 }
         'web/fledge.toml: mappings."./c": found string "/etc/../c", '
         "expected an absolute path in the image, without '..'",
         mapping_hint,
-        'web/fledge.toml: agent.version: unknown key, allowed with source_strategy "local": source_strategy, path',
+        'web/fledge.toml: agent.version: unknown key, allowed with source_strategy "local": '
+        "source_strategy, path, checksum",
         "web/fledge.toml: agent.path: missing, expected a path",
         "web/fledge.toml: manifest.name: found an empty string, expected a name of at most 128 "
         "of the characters A-Z a-z 0-9 . _ -, the first a letter or digit",
@@ -298,6 +299,10 @@ def test_one_destination_twice(folder: Path, first: str, second: str, clash: boo
             Agent("release", version="v1", base_url="http://127.0.0.1:1/{version}"),
         ),
         ('source_strategy = "local"\npath = "./kestrel"', Agent("local", path="./kestrel")),
+        (
+            f'source_strategy = "local"\npath = "k"\nchecksum = "{"Ab" * 32}"',
+            Agent("local", path="k", checksum="sha256:" + "ab" * 32),
+        ),
         ('source_strategy = "http"\nurl = "http://h/k"', Agent("http", url="http://h/k")),
         (
             f'source_strategy = "http"\nurl = "http://h/k"\nchecksum = "sha256:{"Ab" * 32}"',

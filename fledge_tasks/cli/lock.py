@@ -25,7 +25,7 @@ def lock(context: Context, names: tuple[str, ...], jobs: int, update: bool) -> i
     planner = context.planner()
     images = planner.workspace.select(names)
     planner.check(images)
-    before = planner.lock.read().images
+    before = planner.lock.read()
     view = make_view(is_quiet=True)
     try:
         with view:
@@ -38,16 +38,25 @@ def lock(context: Context, names: tuple[str, ...], jobs: int, update: bool) -> i
                 planner.lock.keep_only(used, agents)
     finally:
         planner.store.close()
-    after = planner.lock.read().images
-    for name in sorted(before.keys() | after.keys()):
-        old, new = before.get(name), after.get(name)
-        if new is None:
-            click.echo(f"{name}: dropped")
-        elif old is None or old.image != new.image:
-            was = f" (was {short(old.image.manifest)})" if old else ""
-            click.echo(f"{name}: {short(new.image.manifest)}{was}")
+    after = planner.lock.read()
+    for name in sorted(before.images.keys() | after.images.keys()):
+        old, new = before.images.get(name), after.images.get(name)
+        if old is None or new is None or old.image != new.image:
+            _show(name, old.image.manifest if old else None, new.image.manifest if new else None)
+    for name in sorted(before.agents.keys() | after.agents.keys()):
+        was, now = before.agents.get(name), after.agents.get(name)
+        if was != now:
+            _show(name, was.digest if was else None, now.digest if now else None)
     codes = set()
     for task, result in outcome.failures.items():
         click.echo(f"error: {task}: {result.error}", err=True)
         codes.add(result.error.exit_code if isinstance(result.error, FledgeError) else 1)
     return min(codes, default=0)
+
+
+def _show(name: str, old: str | None, new: str | None) -> None:
+    """Print what became of an entry, given its digests."""
+    if new is None:
+        click.echo(f"{name}: dropped")
+    else:
+        click.echo(f"{name}: {short(new)}" + (f" (was {short(old)})" if old else ""))
