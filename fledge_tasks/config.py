@@ -132,19 +132,20 @@ _AGENT = Variants(
     },
 )
 
+SOURCE = Table(
+    {
+        "image": matching(r"[^\s\x00-\x1f\x7f]+", 'an image reference such as "nginx:alpine"'),
+        "platform": matching(r"linux/[a-z0-9_]+(/[a-z0-9_.]+)?", 'a platform such as "linux/amd64" or "linux/arm/v7"'),
+    },
+    required=("image",),
+)
+"""The keys of `[source]`."""
+
 FLEDGE = Table(
     {
         "version": one_of("1"),
         "strategy": one_of("oci_rootfs", hint='fledge-tasks builds "oci_rootfs" only'),
-        "source": Table(
-            {
-                "image": matching(r"[^\s\x00-\x1f\x7f]+", 'an image reference such as "nginx:alpine"'),
-                "platform": matching(
-                    r"linux/[a-z0-9_]+(/[a-z0-9_.]+)?", 'a platform such as "linux/amd64" or "linux/arm/v7"'
-                ),
-            },
-            required=("image",),
-        ),
+        "source": SOURCE,
         "filesystem": filesystem_shape(_MAPPINGS),
         "mappings": _MAPPINGS,
         "agent": _AGENT,

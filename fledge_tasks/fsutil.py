@@ -154,6 +154,22 @@ def write_atomic(target: Path, data: bytes) -> None:
         write_all(fd, data)
 
 
+def write_new(target: Path, data: bytes) -> None:
+    """Write a small file that is not there yet, whole or not at all. Raises FileExistsError when it is, OSError."""
+    temp = temp_sibling(target)
+    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            write_all(fd, data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.link(temp, target)  # which never replaces anything, unlike a rename
+    finally:
+        temp.unlink(missing_ok=True)
+    sync_folder(target.parent)
+
+
 def publish_folder(temp: Path, target: Path, what: str = "folder") -> None:
     """Rename the finished folder `temp` to `target`, durably. `target` must not exist.
 

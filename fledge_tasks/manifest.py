@@ -151,6 +151,11 @@ FINISHED = _WRITTEN.finished()
 MANIFEST = dataclasses.replace(_WRITTEN, fields={**_WRITTEN.fields, "url_prefix": _URL_PREFIX})
 """What a user may say: all that is written, and where images will be published."""
 
+RESOURCES = {"cpu_cores": 1, "memory_mb": 1024}
+HEALTH_CHECK = {"endpoint": "/", "timeout_ms": 10000}
+_SHELL = "/bin/sh"
+_HTTP_PORT = 80
+
 # What the manifest is derived from: image-spec, config.md, 'Properties', the object `config`.
 _OCI_CONFIG = Table(
     {
@@ -193,10 +198,6 @@ def render(
     user = dict(user)
     prefix = user.pop("url_prefix", None)
     _check_checksum(user, checksum, name)
-    run = _run_config(oci_config, image)
-    command = [*run.get("Entrypoint", ()), *run.get("Cmd", ())]
-    while command and not command[0].strip():  # `ENTRYPOINT [""]` is how people reset an inherited one
-        del command[0]
     derived: dict[str, object] = {
         "$schema": SCHEMA_URL,
         "schema_version": SCHEMA_VERSION,
@@ -207,21 +208,34 @@ def render(
         "image": image,
         "image_digest": image_digest,
         "rootfs": {"url": _url(rootfs, name, prefix), "checksum": checksum, "format": "raw"},
-        "resources": {"cpu_cores": 1, "memory_mb": 1024},
-        "workload": {
-            "type": "http",
-            "entrypoint": command or ["/bin/sh"],
-            "base_url": f"http://127.0.0.1:{_lowest_tcp_port(run.get('ExposedPorts', {}))}",
-            **({"env": env} if (env := _environment(run.get("Env", ()))) else {}),
-            **({"workdir": workdir} if (workdir := run.get("WorkingDir", "")).strip() else {}),
-        },
-        "health_check": {"endpoint": "/", "timeout_ms": 10000},
+        "resources": RESOURCES,
+        "workload": workload(oci_config, image),
+        "health_check": HEALTH_CHECK,
         # The guest's agent reads the type and the device of its root from these, not from rootfs.format.
         "labels": {"volant.rootfs_fstype": filesystem, "volant.rootfs_device": "vda"},
     }
     merged = _merged(derived, user)
     merged["rootfs"] = {**merged["rootfs"], "checksum": checksum}
     return (json.dumps(FINISHED.ordered(merged), indent=2) + "\n").encode()
+
+
+def workload(oci_config: Mapping[str, object], image: str) -> dict[str, Any]:
+    """Return what an image's config says about what runs in it, as the table `workload`.
+
+    `oci_config` is the whole document; what it does not say is guessed: /bin/sh, port 80. Raises SourceError
+    as `render`.
+    """
+    run = _run_config(oci_config, image)
+    command = [*run.get("Entrypoint", ()), *run.get("Cmd", ())]
+    while command and not command[0].strip():  # `ENTRYPOINT [""]` is how people reset an inherited one
+        del command[0]
+    return {
+        "type": "http",
+        "entrypoint": command or [_SHELL],
+        "base_url": f"http://127.0.0.1:{lowest_tcp_port(run.get('ExposedPorts', {})) or _HTTP_PORT}",
+        **({"env": env} if (env := _environment(run.get("Env", ()))) else {}),
+        **({"workdir": workdir} if (workdir := run.get("WorkingDir", "")).strip() else {}),
+    }
 
 
 def _check_checksum(user: Mapping[str, Any], checksum: str, name: str) -> None:
@@ -261,10 +275,10 @@ def _environment(variables: Collection[str]) -> dict[str, str]:
     return {name: value for name, equals, value in pairs if equals and _VARIABLE.accepts(name)}
 
 
-def _lowest_tcp_port(exposed: Collection[str]) -> int:
-    """Return the lowest TCP port of keys like '80', '80/tcp', '53/udp' or '8000-8010/tcp', 80 without any."""
+def lowest_tcp_port(exposed: Collection[str]) -> int | None:
+    """Return the lowest TCP port of keys like '80', '80/tcp', '53/udp' or '8000-8010/tcp', None without any."""
     found = (re.fullmatch(r"([0-9]{1,5})(-[0-9]{1,5})?(/tcp)?", port) for port in exposed)
-    return min((int(port[1]) for port in found if port and 1 <= int(port[1]) <= 65535), default=80)
+    return min((int(port[1]) for port in found if port and 1 <= int(port[1]) <= 65535), default=None)
 
 
 def _merged(derived: Mapping[str, object], user: Mapping[str, object]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ IMAGE_NAME = "rootfs.img"
 MANIFEST_NAME = "manifest.json"
 
 _SKIPPED = frozenset({"node_modules"})
-_SAMPLE = """write one, for example:
+_SAMPLE = """`fledge init --image nginx:alpine` writes one; by hand, the least is:
     version = "1"
     strategy = "oci_rootfs"
     [source]

@@ -164,7 +164,10 @@ def test_a_terminal_gets_a_table(program: Workspace) -> None:
 
 def test_no_fledge_toml(tmp_path: Path) -> None:
     refused(
-        Workspace(tmp_path, tmp_path), 2, f"error: {tmp_path}: found no fledge.toml", "hint: write one, for example"
+        Workspace(tmp_path, tmp_path),
+        2,
+        f"error: {tmp_path}: found no fledge.toml",
+        "hint: `fledge init --image nginx:alpine` writes one; by hand",
     )
 
 
@@ -588,7 +591,7 @@ def test_doctor(place: Place, tmp_path: Path) -> None:
 
 def test_version_and_help(program: Workspace) -> None:
     assert re.fullmatch(r"fledge, version \d+\.\d+\.\d+\n", program.fledge("--version").stdout)
-    for command in ((), ("build",), ("plan",), ("lock",), ("clean",), ("doctor",)):
+    for command in ((), ("init",), ("build",), ("plan",), ("lock",), ("schema",), ("clean",), ("doctor",)):
         result = program.fledge(*command, "--help")
         assert result.code == 0
         assert "Usage: fledge" in result.stdout

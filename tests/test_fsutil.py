@@ -28,6 +28,22 @@ def content(folder: Path) -> dict[str, bytes]:
 # Publishing.
 
 
+def test_a_new_file_takes_nobodys_place(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    fsutil.write_new(target, b"mine")
+    assert content(tmp_path) == {"target": b"mine"}
+    for data in (b"mine", b"yours"):
+        with pytest.raises(FileExistsError):
+            fsutil.write_new(target, data)
+    (tmp_path / "link").symlink_to("nothing")
+    with pytest.raises(FileExistsError):
+        fsutil.write_new(tmp_path / "link", b"")
+    with pytest.raises(FileNotFoundError):
+        fsutil.write_new(tmp_path / "gone" / "target", b"")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
+    assert target.read_bytes() == b"mine"
+
+
 def test_replacing_is_seen_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_bytes(b"old")

@@ -25,7 +25,7 @@ FLOORS = (
     ("plan",),
     ("workspace", "output", "lock", "keys"),
     ("config",),
-    ("filesystem_settings",),
+    ("starter", "filesystem_settings"),
     ("assemble", "filesystems", "manifest", "mappings", "agent", "download"),
     ("tree",),
     ("archive",),

@@ -12,8 +12,9 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import SplitResult, quote, urlsplit
 
 import msgspec
@@ -34,6 +35,7 @@ class DaemonImage:
     id            `sha256:…`
     is_config_id  whether the ID is the digest of the image's config; with the containerd image
                   store it is the digest of its manifest or index
+    config        what the object `config` of its OCI config holds, as far as the daemon knows it
     """
 
     id: str
@@ -41,6 +43,7 @@ class DaemonImage:
     os: str
     architecture: str
     variant: str
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 class _Inspect(msgspec.Struct, rename="pascal"):
@@ -49,6 +52,7 @@ class _Inspect(msgspec.Struct, rename="pascal"):
     architecture: str = ""
     variant: str = ""
     descriptor: dict[str, object] | None = None
+    config: dict[str, Any] | None = None
 
 
 def host() -> str:
@@ -143,7 +147,8 @@ def parse_answer(body: bytes, where: str) -> DaemonImage:
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise SourceError(f"what answers is no Docker daemon: {error}", where=where, hint=_SKIP_HINT) from None
     # Only the containerd image store answers with the descriptor of a manifest.
-    return DaemonImage(identity, fields.descriptor is None, fields.os, fields.architecture, fields.variant)
+    is_config_id = fields.descriptor is None
+    return DaemonImage(identity, is_config_id, fields.os, fields.architecture, fields.variant, fields.config or {})
 
 
 def _address() -> SplitResult:

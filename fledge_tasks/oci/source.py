@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from fledge_tasks.digest import sha256_bytes, sha256_file
 from fledge_tasks.errors import (
@@ -40,6 +41,8 @@ from fledge_tasks.oci.manifest import (
 )
 from fledge_tasks.oci.reference import PATH_TRANSPORTS, Reference
 from fledge_tasks.oci.skopeo import skopeo
+
+_T = TypeVar("_T")
 
 _POLL_SECONDS = 0.2
 _COPY = ("copy", "--quiet", "--remove-signatures", "--retry-times", "2")
@@ -83,7 +86,10 @@ def resolve(
     asked = Platform.parse(platform)
     scratch = Path(os.path.abspath(scratch))
     if reference.transport is None:
-        return _resolve_daemon_first(reference, asked, scratch, offline)
+        return daemon_first(
+            lambda: _resolve_daemon(reference, asked, scratch),
+            lambda: _resolve_registry(reference, asked, scratch, offline),
+        )
     if reference.transport == "docker":
         return _resolve_registry(reference, asked, scratch, offline)
     if reference.transport == "docker-daemon":
@@ -141,6 +147,22 @@ def identity(
         raise SourceError(f"cannot be read: {error}", where=where) from None
 
 
+def daemon_first(ask_daemon: Callable[[], _T], ask_registry: Callable[[], _T]) -> _T:
+    """Return what the Docker daemon answers, if there is one and it has the image; else what the registry does.
+
+    Any other failure of the daemon is raised as it is; one of the registry says why the daemon did not have it.
+    """
+    try:
+        return ask_daemon()
+    except (NoDaemonError, ImageNotFoundError) as error:
+        first = error
+    try:
+        return ask_registry()
+    except SourceError as second:
+        message = f"{second.message}\n  the Docker daemon was asked first: {first.message}"
+        raise type(second)(message, where=second.where, hint=second.hint) from None
+
+
 def fetch(
     reference: Reference,
     image: Image,
@@ -188,18 +210,6 @@ def fetch(
                 # In a layout, skopeo names a blob by the digest that it computed on the way.
                 digest = layer.blob if is_hashed else None
                 adopt(blobs / layer.blob.removeprefix("sha256:"), layer, into, where=where, digest=digest)
-
-
-def _resolve_daemon_first(reference: Reference, platform: Platform, scratch: Path, offline: bool) -> Resolution:
-    try:
-        return _resolve_daemon(reference, platform, scratch)
-    except (NoDaemonError, ImageNotFoundError) as error:
-        first = error
-    try:
-        return _resolve_registry(reference, platform, scratch, offline)
-    except SourceError as second:
-        message = f"{second.message}\n  the Docker daemon was asked first: {first.message}"
-        raise type(second)(message, where=second.where, hint=second.hint) from None
 
 
 def _resolve_registry(reference: Reference, platform: Platform, scratch: Path, offline: bool) -> Resolution:
