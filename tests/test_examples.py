@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from fledge_tasks import config
 from fledge_tasks import workspace as workspaces
 from tests.tools import need
 from tests.workspaces import REPOSITORY, Workspace, doit, sha256_of
@@ -94,6 +96,19 @@ def test_nginx_is_a_valid_workspace(copy: Path) -> None:
     [image] = workspaces.load(copy / "nginx").images
     assert (image.name, image.source.image, image.filesystem.size_buffer_mb) == ("nginx", "nginx:alpine", 100)
     assert [mapping.destination for mapping in image.mappings] == ["/etc/nginx/conf.d/default.conf"]
+
+
+def test_the_readmes_fledge_toml_is_right(tmp_path: Path) -> None:
+    """As a whole, and the manifest that is shown apart from it."""
+    whole, manifest = re.findall(r"```toml\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    file = tmp_path / "web" / "fledge.toml"
+    file.parent.mkdir()
+    file.write_text(whole)
+    assert config.load(file, "README.md").limits == config.Limits(), "these are the defaults"
+    file.write_text(whole[: whole.index("[manifest]")] + manifest)
+    user = config.load(file, "README.md").manifest
+    assert user["url_prefix"] == "https://images.example.org/v1"
+    assert user["actions"] == {"reload": {"method": "POST", "path": "/reload"}}
 
 
 def test_every_script_and_mapped_file_is_there() -> None:
