@@ -14,7 +14,8 @@ import shlex
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +27,7 @@ _PACKAGES = {
     "mke2fs": "e2fsprogs", "e2fsck": "e2fsprogs",
     "mkfs.xfs": "xfsprogs", "xfs_growfs": "xfsprogs", "xfs_repair": "xfsprogs",
     "mkfs.btrfs": "btrfs-progs", "btrfs": "btrfs-progs", "btrfstune": "btrfs-progs",
+    "qemu-system-x86_64": "qemu-system-x86", "busybox": "busybox-static",
 }  # fmt: skip
 _TERMINATE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
@@ -66,36 +68,9 @@ def run(
     is interrupted, the program and its children get SIGTERM, then SIGKILL.
     """
     command = [str(argument) for argument in argv]
-    full_env = environment(env)
     with tempfile.TemporaryFile() as errors:
-        process: subprocess.Popen[bytes] | None = None
-        try:
-            # A signal between the fork and the note of it would leave a program that nobody ends. One that
-            # was held is raised where the block ends, when the program is noted.
-            with interrupt.held():
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    env=full_env,
-                    cwd=cwd,
-                    start_new_session=True,
-                    preexec_fn=_begin,  # noqa: PLW1509
-                )
+        with _started(command, errors, env=env, cwd=cwd) as process:
             output, _ = process.communicate()
-        except BaseException as error:
-            if process is not None:
-                _end(process)
-                raise
-            if isinstance(error, FileNotFoundError):
-                raise ToolError(
-                    f"{command[0]} is not installed (not found on PATH)",
-                    hint=f"install it, for example: sudo apt-get install {package_of(command[0])}",
-                ) from None
-            if isinstance(error, PermissionError):
-                raise ToolError(f"{command[0]} cannot be started: {error.strerror}") from None
-            raise
         if process.returncode == 0:
             return output
         stderr = _tail(errors)
@@ -114,6 +89,89 @@ def run(
     )
 
 
+@dataclass(frozen=True)
+class Child:
+    """A program that runs beside us. `stdout` is for the caller to read, or the program waits."""
+
+    process: subprocess.Popen[bytes]
+    stdout: IO[bytes]
+    errors: IO[bytes]
+
+    def ended(self) -> int | None:
+        """Return its exit code, minus the number of the signal that killed it, None while it runs."""
+        return self.process.poll()
+
+    def complaint(self) -> str:
+        """Return the end of what it wrote to stderr so far."""
+        return _tail(self.errors).strip()
+
+    def end(self) -> None:
+        """End it, with SIGTERM and then SIGKILL. Idempotent; what it wrote can be read still."""
+        _end(self.process)
+
+
+@contextlib.contextmanager
+def running(
+    argv: Sequence[str | Path], *, descriptors: Sequence[int] = (), has_our_stdin: bool = False
+) -> Iterator[Child]:
+    """Run a program beside this block, which it does not outlive.
+
+    It inherits `descriptors`, under the same numbers, and on request stdin. Raises ToolError as `run`.
+    """
+    command = [str(argument) for argument in argv]
+    with (
+        tempfile.TemporaryFile() as errors,
+        _started(command, errors, descriptors=descriptors, has_our_stdin=has_our_stdin) as process,
+    ):
+        assert process.stdout is not None
+        child = Child(process, process.stdout, errors)
+        yield child
+        child.end()
+
+
+@contextlib.contextmanager
+def _started(
+    command: Sequence[str],
+    errors: IO[bytes],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    descriptors: Sequence[int] = (),
+    has_our_stdin: bool = False,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a program and yield it; any exception of the block ends it and its children."""
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        # A signal between the fork and the note of it would leave a program that nobody ends. One that
+        # was held is raised where the block ends, when the program is noted.
+        with interrupt.held():
+            process = subprocess.Popen(
+                command,
+                stdin=None if has_our_stdin else subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=environment(env),
+                cwd=cwd,
+                pass_fds=descriptors,
+                start_new_session=True,
+                preexec_fn=_begin,  # noqa: PLW1509
+            )
+        with process.stdout or contextlib.nullcontext():
+            yield process
+    except BaseException as error:
+        if process is not None:
+            _end(process)
+            raise
+        if isinstance(error, FileNotFoundError):
+            raise ToolError(
+                f"{command[0]} is not installed (not found on PATH)",
+                hint=f"install it, for example: sudo apt-get install {package_of(command[0])}",
+            ) from None
+        if isinstance(error, PermissionError):
+            raise ToolError(f"{command[0]} cannot be started: {error.strerror}") from None
+        raise
+
+
 def package_of(program: str) -> str:
     """Return the Debian package that holds a program of ours."""
     name = Path(program).name
@@ -127,15 +185,14 @@ def _begin() -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(_TERMINATE_SECONDS)
-    # Whatever became of the leader: its children may be slower, or not listen at all.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if process.stdout:
-        process.stdout.close()
+    if process.returncode is None:  # else its number may be somebody else's by now
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(_TERMINATE_SECONDS)
+        # Whatever became of the leader: its children may be slower, or not listen at all.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _signal_name(number: int) -> str:

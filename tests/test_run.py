@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -16,9 +17,10 @@ from typing import Any
 
 import pytest
 
+from fledge_tasks import run as run_module
 from fledge_tasks.errors import CommandError, ToolError
 from fledge_tasks.interrupt import Interrupted, interruptible
-from fledge_tasks.run import PASSED, STDERR_TAIL_BYTES, package_of, run
+from fledge_tasks.run import PASSED, STDERR_TAIL_BYTES, package_of, run, running
 
 
 def sh(script: str) -> bytes:
@@ -50,6 +52,8 @@ def test_package_names() -> None:
     assert package_of("/usr/sbin/mke2fs") == "e2fsprogs"
     assert package_of("mkfs.xfs") == package_of("xfs_repair") == package_of("xfs_growfs") == "xfsprogs"
     assert package_of("btrfs") == package_of("btrfstune") == package_of("mkfs.btrfs") == "btrfs-progs"
+    assert package_of("qemu-system-x86_64") == "qemu-system-x86"
+    assert package_of("busybox") == "busybox-static"
     assert package_of("skopeo") == "skopeo"
 
 
@@ -224,3 +228,65 @@ def test_a_killed_caller_takes_the_program_with_it(tmp_path: Path) -> None:
     caller.kill()
     caller.wait()
     assert wait_for(lambda: not is_running(number))
+
+
+# --- beside us -------------------------------------------------------------------------------------------------
+
+
+def test_a_running_program_is_read_while_it_runs(tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    given.write_text("from a descriptor")
+    with (
+        given.open() as file,
+        running(
+            ["sh", "-c", f"cat /dev/fd/{file.fileno()}; echo; echo complaint >&2; read line; exec sleep 100"],
+            descriptors=[file.fileno()],
+        ) as child,
+    ):
+        assert child.stdout.readline() == b"from a descriptor\n"
+        assert wait_for(lambda: child.complaint() == "complaint")
+        assert child.ended() is None
+        child.end()
+        assert child.ended() == -signal.SIGTERM
+        child.end()
+        assert child.stdout.read() == b""
+    assert child.stdout.closed
+
+
+def test_it_may_end_by_itself() -> None:
+    with running(["sh", "-c", "echo all; exit 3"]) as child:
+        assert child.stdout.read() == b"all\n"
+        assert wait_for(lambda: child.ended() == 3)
+
+
+@pytest.mark.parametrize("has_our_stdin", [False, True])
+def test_stdin_is_ours_on_request(has_our_stdin: bool) -> None:
+    script = f"""
+        import sys
+        from fledge_tasks.run import running
+        with running(["cat"], has_our_stdin={has_our_stdin}) as child:
+            sys.stdout.buffer.write(child.stdout.read())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], input=b"typed", capture_output=True, check=True
+    )
+    assert done.stdout == (b"typed" if has_our_stdin else b"")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_it_does_not_outlive_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    monkeypatch.setattr(run_module, "_TERMINATE_SECONDS", 0.2)
+    script = f"trap '' TERM; sleep 100 & echo $! > {tmp_path}/child; echo $$; while :; do wait; done"
+    numbers = []
+    with contextlib.suppress(ZeroDivisionError), running(["sh", "-c", script]) as child:
+        numbers = [int(child.stdout.readline()), int((tmp_path / "child").read_text())]
+        assert all(map(is_running, numbers))
+        if fails:
+            1 / 0  # noqa: B018
+    assert not is_running(numbers[0])
+    assert wait_for(lambda: not is_running(numbers[1]), 1)
+
+
+def test_a_program_that_is_not_there_cannot_run_beside_us() -> None:
+    with pytest.raises(ToolError, match="fledge-no-such-program is not installed"), running(["fledge-no-such-program"]):
+        pytest.fail("it runs")
