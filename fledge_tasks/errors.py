@@ -155,6 +155,10 @@ class ManifestError(FledgeError):
     """What the user wants in the manifest is not true of the image that was built."""
 
 
+class BootError(FledgeError):
+    """An image cannot be booted here, or its guest came to nothing."""
+
+
 class ArchiveError(FledgeError):
     """A file is not an archive of cache entries, or a damaged one."""
 

@@ -26,7 +26,7 @@ FLOORS = (
     ("workspace", "output", "lock", "keys"),
     ("config",),
     ("starter", "filesystem_settings"),
-    ("assemble", "filesystems", "manifest", "mappings", "agent", "download"),
+    ("assemble", "boot", "filesystems", "manifest", "mappings", "agent", "download"),
     ("tree",),
     ("archive",),
     ("oci",),
