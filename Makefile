@@ -6,10 +6,14 @@ BIN := $(VENV)/bin
 HELLO := examples/hello
 
 # What must be there, a program or a file, and the Debian package that brings it.
-DEMO_TOOLS := skopeo:skopeo mke2fs:e2fsprogs /var/lib/dpkg/info/busybox-static.list:busybox-static
+DEMO_TOOLS := skopeo:skopeo mke2fs:e2fsprogs /var/lib/dpkg/info/busybox-static.list:busybox-static \
+	qemu-system-x86_64:qemu-system-x86
 TEST_TOOLS := $(DEMO_TOOLS) umoci:umoci buildah:buildah mmdebstrap:mmdebstrap docker-registry:docker-registry \
 	dockerd:docker.io setpriv:util-linux zstd:zstd openssl:openssl faketime:faketime mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs \
 	/usr/share/keyrings/debian-archive-keyring.gpg:debian-archive-keyring
+
+# Where `fledge boot` looks for the kernel that it boots; `make kernel` unpacks Debian's there and installs nothing.
+KERNEL_DIR := $(or $(FLEDGE_KERNEL_DIR),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fledge-tasks/kernel)
 
 # Each Python of pyenv and of the PATH from 3.11 on, and the tests that depend on it; PYTHONS chooses others.
 PYENV_ROOT ?= $(HOME)/.pyenv
@@ -21,19 +25,20 @@ PYTHONS_TESTS ?= --ignore tests/real tests
 # Everything in test and bench that mounts an image or starts a daemon needs root.
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),$(shell command -v sudo))
 
-.PHONY: demo test test-pythons lint bench bench-monorepo fuzz setup clean demo-tools test-tools python
+.PHONY: demo test test-pythons lint bench bench-monorepo fuzz setup kernel clean venv demo-tools test-tools python
 .DEFAULT_GOAL := demo
 
-demo: setup demo-tools $(HELLO)/layouts/hello
+demo: venv demo-tools kernel $(HELLO)/layouts/hello
 	$(BIN)/fledge -C $(HELLO) build
 	$(BIN)/fledge -C $(HELLO) build
 	@PATH="$$PATH:/usr/sbin:/sbin" e2fsck -fn $(HELLO)/build/hello/rootfs.img
 	@wc -c $(HELLO)/build/hello/rootfs.img
+	FLEDGE_KERNEL_DIR="$(KERNEL_DIR)" $(BIN)/fledge -C $(HELLO) boot hello --show
 	@echo "Now change $(HELLO)/motd, a mapped file, and run make demo again."
 
-test: setup test-tools
+test: venv test-tools kernel
 # First what shares images, a registry and daemons, one test after the other; then all others on all processors.
-	$(AS_ROOT) env FLEDGE_REQUIRE_TOOLS=1 $(BIN)/python -m pytest tests/real
+	$(AS_ROOT) env FLEDGE_REQUIRE_TOOLS=1 FLEDGE_KERNEL_DIR="$(KERNEL_DIR)" $(BIN)/python -m pytest tests/real
 	$(AS_ROOT) env FLEDGE_REQUIRE_TOOLS=1 $(BIN)/python -m pytest -n auto --ignore tests/real
 
 test-pythons: test-tools
@@ -46,25 +51,30 @@ test-pythons: test-tools
 		env FLEDGE_REQUIRE_TOOLS=1 .venv-$$version/bin/python -m pytest $(PYTHONS_TESTS) || failed="$$failed $$version"; \
 	done; test -z "$$failed" || { echo "error: failed with Python$$failed" >&2; exit 1; }
 
-lint: setup
+lint: venv
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-bench: setup test-tools
+bench: venv test-tools
 	$(AS_ROOT) $(BIN)/python -m bench.run
 
-bench-monorepo: setup test-tools
+bench-monorepo: venv test-tools
 	$(AS_ROOT) $(BIN)/python -m bench.monorepo --write
 
 # Seconds for each target. atheris has wheels for few interpreters, so it is no dependency of the tests.
 FUZZ_SECONDS ?= 60
-fuzz: setup
+fuzz: venv
 	$(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=3.0'
 	$(BIN)/python -m fuzz layer -max_total_time=$(FUZZ_SECONDS)
 	$(BIN)/python -m fuzz manifest -max_total_time=$(FUZZ_SECONDS)
 
-setup: python $(VENV)/.stamp
+setup: venv kernel
+
+venv: python $(VENV)/.stamp
+
+kernel:
+	@ls "$(KERNEL_DIR)"/boot/vmlinuz-*-cloud-amd64 >/dev/null 2>&1 || $(fetch_kernel)
 
 clean:
 	rm -rf $(VENV) .venv-* build .fuzz .real-cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
@@ -100,6 +110,24 @@ fi; \
 echo "error: these Debian packages are missing:$$missing" >&2; \
 echo "  as root: apt-get install$$missing" >&2; \
 exit 1
+endef
+
+# Without the package's scripts, which would put the kernel into the boot menu. Whoever cannot have it has all the rest.
+define fetch_kernel
+{ \
+	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT; \
+	if test "$$(id -u)" = 0; then root=; else root=$$(command -v sudo) || root=false; fi; \
+	fetch() { \
+		package=$$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: //p') && test -n "$$package" && \
+		(cd "$$scratch" && apt-get -qq -o APT::Sandbox::User=root download "$$package"); \
+	}; \
+	echo "fetching a kernel for fledge boot to $(KERNEL_DIR)"; \
+	{ fetch 2>/dev/null || { $$root apt-get -qq update && fetch; }; } && \
+	dpkg-deb -x "$$scratch"/*.deb "$$scratch/root" && chmod 0755 "$$scratch/root" && \
+	mkdir -p "$(KERNEL_DIR)" && rm -rf "$(KERNEL_DIR).new" && cp -r "$$scratch/root" "$(KERNEL_DIR).new" && \
+	mv -T "$(KERNEL_DIR).new" "$(KERNEL_DIR)" || \
+	echo "note: Debian's linux-image-cloud-amd64 cannot be had: fledge boot will need --kernel" >&2; \
+}
 endef
 
 demo-tools:

@@ -579,7 +579,8 @@ def test_doctor(place: Place, tmp_path: Path) -> None:
     result = place.fledge("doctor")
     assert result.code == 0
     lines = {line[9:].split()[0]: line for line in result.stdout.splitlines()}
-    assert {"skopeo", "mke2fs", "libext2fs", "e2fsck", "xfs", "btrfs", "docker", "cache", "reflinks"} == set(lines)
+    tools = {"skopeo", "mke2fs", "libext2fs", "e2fsck", "xfs", "btrfs", "qemu", "kernel", "docker"}
+    assert {*tools, "cache", "reflinks"} == set(lines)
     assert re.match(r"ok\s+mke2fs\s+1\.\d+\.\d+: ext4", lines["mke2fs"])
     assert lines["cache"].endswith(str(place.root / "cache"))
     assert not (place.root / "cache").exists()
@@ -591,7 +592,7 @@ def test_doctor(place: Place, tmp_path: Path) -> None:
 
 def test_version_and_help(program: Workspace) -> None:
     assert re.fullmatch(r"fledge, version \d+\.\d+\.\d+\n", program.fledge("--version").stdout)
-    for command in ((), ("init",), ("build",), ("plan",), ("lock",), ("schema",), ("clean",), ("doctor",)):
+    for command in ((), ("init",), ("build",), ("plan",), ("lock",), ("boot",), ("schema",), ("clean",), ("doctor",)):
         result = program.fledge(*command, "--help")
         assert result.code == 0
         assert "Usage: fledge" in result.stdout

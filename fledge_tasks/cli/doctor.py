@@ -12,7 +12,7 @@ import click
 from fledge_tasks import fsutil, workspace
 from fledge_tasks.cli.context import Context
 from fledge_tasks.errors import FledgeError, ImageNotFoundError
-from fledge_tasks.tools import E2FSCK, MKE2FS, SKOPEO, Tool
+from fledge_tasks.tools import E2FSCK, MKE2FS, QEMU, SKOPEO, Tool
 
 
 class _Check(NamedTuple):
@@ -47,6 +47,8 @@ def _checks(folder: Path) -> Iterator[_Check]:
     yield _tool(E2FSCK, "checking ext4 images")
     for kind in ("xfs", "btrfs"):
         yield _type(kind)
+    yield _tool(QEMU, "booting images")._replace(name="qemu")
+    yield _kernel()
     yield _daemon()
     yield from _cache(folder)
 
@@ -66,6 +68,16 @@ def _tool(tool: Tool, purpose: str, *, is_needed: bool = False) -> _Check:
         return _Check(tool.name, True, f"{tool.version()}: {purpose}", is_needed)
     except FledgeError as error:
         return _Check(tool.name, False, str(error).replace("\n  hint:", ":"), is_needed)
+
+
+def _kernel() -> _Check:
+    from fledge_tasks.boot import kernel
+
+    try:
+        found = kernel.find()
+        return _Check("kernel", True, f"{found.image}: booting images")
+    except FledgeError as error:
+        return _Check("kernel", False, error.message)
 
 
 def _daemon() -> _Check:
