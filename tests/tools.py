@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+
+from fledge_tasks.boot import kernel
+from fledge_tasks.errors import BootError
 
 PATH = ":".join(dict.fromkeys([*os.environ["PATH"].split(":"), "/usr/sbin", "/sbin"]))
 """Where programs are looked for: a plain user's PATH on Debian lacks the folders of mke2fs and its kind."""
@@ -26,6 +30,14 @@ def need_root() -> None:
         _lacking("needs root")
 
 
+def need_kernel() -> Path:
+    """Return the folder with the kernel that guests run; skip or fail the calling test when there is none."""
+    try:
+        return kernel.find().image.parents[1]
+    except BootError as error:
+        _lacking(str(error))
+
+
 def as_nobody() -> list[str]:
     """Return the prefix of a command that runs as nobody, without a single capability.
 
@@ -37,7 +49,7 @@ def as_nobody() -> list[str]:
     return ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--bounding-set=-all"]
 
 
-def _lacking(reason: str) -> None:
+def _lacking(reason: str) -> NoReturn:
     if os.environ.get("FLEDGE_REQUIRE_TOOLS") == "1" or os.environ.get("CI"):
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)
