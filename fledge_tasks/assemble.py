@@ -45,10 +45,12 @@ def assemble(
     *,
     preallocate: bool,
     advance: Callable[[int], None],
+    durable: bool = True,
 ) -> Assembled:
     """Write the image to `target`, atomically; `payloads` maps source numbers to files.
 
     With `preallocate` every block of the file is allocated on the host (no holes, no reflinks).
+    Not `durable` is for a file that something else is made of at once.
     The caller is the only writer of `target`. `advance` is told the payload bytes as they are
     done. Raises OSError, and StoreError for sources that do not fit the map; `target` is then as
     it was.
@@ -58,7 +60,7 @@ def assemble(
     with contextlib.ExitStack() as stack:
         sources = stack.enter_context(opened({number: payloads[number] for number in sorted(image_map.sources())}))
         _check_lengths(image_map, sources)
-        fd = stack.enter_context(replacing(target))
+        fd = stack.enter_context(replacing(target, durable=durable))
         os.ftruncate(fd, image_map.image_bytes)
         if preallocate:
             _allocate(fd, image_map.image_bytes)

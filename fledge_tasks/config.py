@@ -48,6 +48,8 @@ BASE_URL_VARIABLE = "FLEDGE_AGENT_BASE_URL"
 
 
 AgentStrategy = Literal["release", "local", "http"]
+DiskFormat = Literal["raw", "qcow2"]
+Compression = Literal["zlib", "zstd"]
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -55,6 +57,13 @@ class Source(msgspec.Struct, frozen=True):
 
     image: str
     platform: str = "linux/amd64"
+
+
+class Output(msgspec.Struct, frozen=True):
+    """`[output]`: the form in which an image is published. `compression` is that of a qcow2's clusters."""
+
+    format: DiskFormat = "raw"
+    compression: Compression | None = None
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -112,6 +121,7 @@ class ImageConfig(msgspec.Struct, frozen=True):
     manifest: dict[str, object]
     limits: Limits = Limits()
     preallocate: bool = False
+    output: Output = Output()
 
 
 _PATH = matching(r"[^\x00]+", "a path")
@@ -153,6 +163,7 @@ FLEDGE = Table(
         "limits": Table(
             {"layer_mb": integer(1, MAX_SIZE_MB), "entries": integer(1, MAX_INTEGER), "ratio": integer(1, MAX_INTEGER)}
         ),
+        "output": Table({"format": one_of("raw", "qcow2"), "compression": one_of("zlib", "zstd")}),
     },
     required=("version", "strategy", "source", "filesystem"),
 )
@@ -201,6 +212,7 @@ def load(path: Path, shown: str) -> ImageConfig:
         manifest=user,
         limits=Limits(**document.get("limits", {})),
         preallocate=document["filesystem"].get("preallocate", False),
+        output=Output(**document.get("output", {})),
     )
 
 
@@ -228,6 +240,7 @@ def _parse(path: Path, shown: str) -> dict[str, Any]:
 def _findings(document: dict[str, Any]) -> Iterator[Finding]:
     yield from FLEDGE.findings("", document)
     yield from _collisions(document)
+    yield from _format_conflicts(document)
     filesystem = document.get("filesystem")
     if isinstance(filesystem, dict) and (message := size_conflict(filesystem)):
         yield "filesystem", message, None
@@ -263,6 +276,19 @@ def _collisions(document: dict[str, Any]) -> Iterator[Finding]:
         if target in taken:
             yield path, f"found the destination {quoted(destination)}, which {taken[target]} has already", None
         taken.setdefault(target, path)
+
+
+def _format_conflicts(document: dict[str, Any]) -> Iterator[Finding]:
+    """Yield the keys that are right by themselves, and not with the format of the disk."""
+    output, filesystem = document.get("output", {}), document.get("filesystem")
+    if not isinstance(output, dict):
+        return
+    found = output.get("format", "raw")
+    if found == "raw" and "compression" in output:
+        yield "output.compression", 'found with a raw disk, expected format = "qcow2" beside it', None
+    if found == "qcow2" and isinstance(filesystem, dict) and filesystem.get("preallocate") is True:
+        message = 'found true with output.format = "qcow2", expected false: a qcow2 file holds what is used'
+        yield "filesystem.preallocate", message, None
 
 
 def _agent(table: dict[str, str]) -> Agent:

@@ -21,6 +21,7 @@ from fledge_tasks.usage import Made
 _LINE = re.compile(r"([a-z_.]+)(?:\[([0-9]+)\])?(?:\.([a-z_]+))? = (.*)")  # field, number, field below, value
 _ORIGINS = {
     "preallocate": "[filesystem] preallocate",
+    "format": "[output] format", "compression": "[output] compression",
     "epoch": "SOURCE_DATE_EPOCH, else the image's 'created'", "tools": "the host's tools", "config": "the OCI config",
     "agent": "[agent]", "user": "[manifest]", "name": "[manifest] name", "image": "[source] image",
     "image_digest": "the image", "rootfs": "where the workspace is", "checksum": "the image file",
@@ -70,7 +71,7 @@ def explain(planner: Planner, image: ImageConfig) -> Iterator[Explanation]:
         yield Explanation("resolve", f"resolve:{image.name}", "miss", str(planner.unresolved(image)))
         return
     store, made = planner.store, usage.made_image(planner, image)
-    described, assembled = fresh.is_described(plan), fresh.is_assembled(plan)
+    record, described, assembled = fresh.description(plan), fresh.is_described(plan), fresh.is_assembled(plan)
     assembles = isinstance(assembled, str)
     makes = assembles and not fresh.is_made(store, plan)
 
@@ -94,7 +95,7 @@ def explain(planner: Planner, image: ImageConfig) -> Iterator[Explanation]:
         return
     yield Explanation("assemble", f"assemble:{image.name}", "hit")
     if isinstance(described, str):
-        changes = _changes(_noted(made, "manifest"), _values(plan.manifest(assembled.sha256).text()))
+        changes = _changes(_noted(made, "manifest"), _values("" if isinstance(record, str) else record.text()))
         yield Explanation("manifest", f"manifest:{image.name}", "miss", described, tuple(changes))
     else:
         yield Explanation("manifest", f"manifest:{image.name}", "hit")
@@ -177,11 +178,11 @@ def _changes(
         return
     for name in sorted(old.keys() | new.keys()):
         field = name.partition("[")[0]
-        if old.get(name) == new.get(name) or field in _DERIVED:
+        table, _, key = field.partition(".")
+        if old.get(name) == new.get(name) or field in _DERIVED or table == "labels":
             continue
         destination = name.rpartition(" ")[0]
         mapped = str((sources or {}).get(destination, "")) if destination else ""
-        table, _, key = field.partition(".")
         origin = f"[{table}] {key}" if key else _ORIGINS.get(field, "")
         yield Change(name, old.get(name), new.get(name), mapped or origin)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from fledge_tasks import output
 from fledge_tasks.config import ImageConfig
+from fledge_tasks.keys import Manifest
+from fledge_tasks.manifest import RAW_CHECKSUM
 from fledge_tasks.plan import ImagePlan, Layer, Planner
 from fledge_tasks.store import Store
 
@@ -40,9 +42,16 @@ def is_assembled(plan: ImagePlan) -> output.Written | str:
     return output.look(plan.output, plan.assemble.key())
 
 
-def is_described(plan: ImagePlan) -> output.Written | str:
-    """Return the record of the manifest if it describes the image file, else the reason why not."""
+def description(plan: ImagePlan) -> Manifest | str:
+    """Return the record of the manifest that describes the finished files, else the reason why there is none yet."""
     image = is_assembled(plan)
     if isinstance(image, str):
         return image
-    return output.look(plan.manifest_output, plan.manifest(image.sha256).key())
+    labels = {} if image.raw_sha256 is None else {RAW_CHECKSUM: image.raw_sha256}
+    return plan.manifest(image.sha256, labels)
+
+
+def is_described(plan: ImagePlan) -> output.Written | str:
+    """Return the record of the manifest if it describes the image file, else the reason why not."""
+    record = description(plan)
+    return record if isinstance(record, str) else output.look(plan.manifest_output, record.key())

@@ -118,10 +118,11 @@ def remove_tree(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(target: Path, mode: int = 0o644) -> Iterator[int]:
+def replacing(target: Path, mode: int = 0o644, *, durable: bool = True) -> Iterator[int]:
     """Yield the descriptor of a new file that takes the place of `target` when the block ends well.
 
-    Atomic: on any exception `target` is as it was and the new file is gone. Raises OSError.
+    Atomic: on any exception `target` is as it was and the new file is gone. Raises OSError. What is
+    not `durable` may be lost, or be empty, after a crash of the machine.
     """
     temp = temp_sibling(target)
     fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -130,7 +131,8 @@ def replacing(target: Path, mode: int = 0o644) -> Iterator[int]:
             crash_point(f"{target.name}: created")
             yield fd
             crash_point(f"{target.name}: written")
-            os.fsync(fd)
+            if durable:
+                os.fsync(fd)
         finally:
             os.close(fd)
         crash_point(f"{target.name}: synced")
@@ -139,6 +141,34 @@ def replacing(target: Path, mode: int = 0o644) -> Iterator[int]:
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
+    if durable:
+        sync_folder(target.parent)
+    crash_point(f"{target.name}: folder synced")
+
+
+@contextlib.contextmanager
+def scratch_beside(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target`, for what programs write by themselves; it is gone afterwards.
+
+    The caller is the only writer of `target`; what its crashed writers left is deleted. Raises OSError.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(target)
+    folder = temp_sibling(target)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        remove_tree(folder)
+
+
+def publish_file(temp: Path, target: Path) -> None:
+    """Rename a finished file to `target` in the same filesystem, durably and atomically. Raises OSError."""
+    crash_point(f"{target.name}: written")
+    sync_file(temp)
+    crash_point(f"{target.name}: synced")
+    os.rename(temp, target)
+    crash_point(f"{target.name}: renamed")
     sync_folder(target.parent)
     crash_point(f"{target.name}: folder synced")
 

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import msgspec
 
+from fledge_tasks.config import Compression
 from fledge_tasks.digest import Digest, sha256_bytes
 from fledge_tasks.filesystem_settings import Filesystem
 from fledge_tasks.mappings import MappedFile
@@ -126,14 +127,20 @@ class Mkfs(Stage, frozen=True, kw_only=True):
     tools: tuple[str, ...]
 
 
-class Assemble(Stage, frozen=True, kw_only=True):
-    """An image file."""
+class Assemble(Stage, frozen=True, kw_only=True, omit_defaults=True):
+    """An image file. `format` is None for a raw one; `tools` are those that make another of it.
+
+    What is not used is in no text. msgspec knows a default by its identity: None, not 'raw'.
+    """
 
     filesystem: str
     preallocate: bool
+    format: Literal["qcow2"] | None = None
+    compression: Compression | None = None
+    tools: tuple[str, ...] = ()
 
 
-class Manifest(Stage, frozen=True, kw_only=True):
+class Manifest(Stage, frozen=True, kw_only=True, omit_defaults=True):
     """A manifest file. Unlike all others it names a path of this host, since its content does."""
 
     user: str
@@ -144,3 +151,6 @@ class Manifest(Stage, frozen=True, kw_only=True):
     filesystem: str
     rootfs: str
     checksum: str
+    format: Literal["qcow2"] | None = None
+    labels: dict[str, str] = {}
+    """Those that come of the image file, beside what `filesystem` says."""

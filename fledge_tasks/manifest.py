@@ -14,6 +14,8 @@ from fledge_tasks.shapes import URL, Array, Conflict, Finding, Table, TableOf, V
 
 SCHEMA_URL = "https://raw.githubusercontent.com/volantvm/volant/main/docs/schemas/plugin-manifest-v1.json"
 SCHEMA_VERSION = "1.0"
+RAW_CHECKSUM = "fledge.raw_checksum"
+"""The label with the checksum of the raw image that a disk of another format holds."""
 
 CHECKSUM = matching(r"(sha256:)?[0-9A-Fa-f]{64}", 'a checksum: "sha256:" and 64 hexadecimal digits')
 NAME = matching(
@@ -184,13 +186,15 @@ def render(
     rootfs: Path,
     checksum: str,
     filesystem: str,
+    disk_format: str = "raw",
+    labels: Mapping[str, str] | None = None,
 ) -> bytes:
     """Return the manifest as ASCII JSON: the `user`'s keys, and for all others what `oci_config` says.
 
     Tables are merged key by key, lists are replaced as a whole. `user` has passed `check`, and
     `oci_config` is the whole config document of the image, `rootfs` an absolute path. The URL is that
-    path, or with `url_prefix` where `<prefix>/<name>/<file>` is. The same arguments give the same
-    bytes, whatever the order of their keys.
+    path, or with `url_prefix` where `<prefix>/<name>/<file>` is. `labels` are more of those that tell
+    what the disk holds. The same arguments give the same bytes, whatever the order of their keys.
 
     Raises SourceError naming the key of the OCI config that has a wrong type (null counts as absent),
     ManifestError when the user named another checksum than `checksum`.
@@ -207,12 +211,12 @@ def render(
         "enabled": True,
         "image": image,
         "image_digest": image_digest,
-        "rootfs": {"url": _url(rootfs, name, prefix), "checksum": checksum, "format": "raw"},
+        "rootfs": {"url": _url(rootfs, name, prefix), "checksum": checksum, "format": disk_format},
         "resources": RESOURCES,
         "workload": workload(oci_config, image),
         "health_check": HEALTH_CHECK,
         # The guest's agent reads the type and the device of its root from these, not from rootfs.format.
-        "labels": {"volant.rootfs_fstype": filesystem, "volant.rootfs_device": "vda"},
+        "labels": {"volant.rootfs_fstype": filesystem, "volant.rootfs_device": "vda", **(labels or {})},
     }
     merged = _merged(derived, user)
     merged["rootfs"] = {**merged["rootfs"], "checksum": checksum}

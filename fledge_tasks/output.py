@@ -1,9 +1,10 @@
 """The finished files of an image, and how they are known to be untouched.
 
 `build/<name>/.fledge.json` says, for each file that we wrote there, from which key it was made and
-what stat said of it then: {"<file>": {"key", "sha256", "size", "mtime_ns", "inode", "seconds"}}. A file that
-someone booted, edited, replaced or deleted no longer fits and is made again. The record is written
-after the file, so a crash between the two only means that the file is made again.
+what stat said of it then: {"<file>": {"key", "sha256", "size", "mtime_ns", "inode", "seconds"}}; of a
+qcow2 also "raw_sha256". A file that someone booted, edited, replaced or deleted no longer fits and is
+made again. The record is written after the file, so a crash between the two only means that the file
+is made again.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from fledge_tasks.store import Store
 RECORD = ".fledge.json"
 
 
-class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is known of one file. `seconds` is what it took to make."""
+class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What is known of one file. `seconds` is what it took to make.
+
+    `raw_sha256` is that of the raw image which a disk of another format holds.
+    """
 
     key: str
     sha256: str
@@ -32,6 +36,7 @@ class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mtime_ns: int
     inode: int
     seconds: float = 0.0
+    raw_sha256: str | None = None
 
 
 @contextlib.contextmanager
@@ -42,7 +47,7 @@ def writing(store: Store, path: Path) -> Iterator[None]:
     folder of `path` itself is locked.
     """
     if not store.is_read_only:
-        with store.building(sha256_bytes(f"output {path}".encode())):
+        with store.building(sha256_bytes(f"output {path.parent}".encode())):
             yield
         return
     try:
@@ -79,10 +84,13 @@ def key_of(path: Path) -> str | None:
     return record.key if record else None
 
 
-def remember(path: Path, key: str, sha256: Digest, seconds: float = 0.0) -> Written:
+def remember(
+    path: Path, key: str, sha256: Digest, seconds: float = 0.0, *, raw_sha256: Digest | None = None
+) -> Written:
     """Record that the file was just made from `key`. Atomic."""
     status = path.stat()
-    written = Written(key, sha256, status.st_size, status.st_mtime_ns, status.st_ino, round(seconds, 3))
+    facts = status.st_size, status.st_mtime_ns, status.st_ino, round(seconds, 3)
+    written = Written(key, sha256, *facts, raw_sha256=raw_sha256)
     records = {**_read(path.parent), path.name: written}
     fsutil.write_atomic(path.parent / RECORD, msgspec.json.format(msgspec.json.encode(records), indent=1))
     return written

@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from fledge_tasks import agent
-from fledge_tasks.config import ImageConfig
+from fledge_tasks.config import ImageConfig, Output
 from fledge_tasks.digest import Digest
-from fledge_tasks.errors import AgentError, FilesystemError, FledgeError, InputError, LockError
+from fledge_tasks.errors import AgentError, FilesystemError, FledgeError, InputError, LockError, ToolError
 from fledge_tasks.filesystems import possible
 from fledge_tasks.index import FileDigests
 from fledge_tasks.keys import Agent, Assemble, Blob, Config, Content, Customize, Manifest, Mkfs, Unpack
@@ -30,6 +31,7 @@ from fledge_tasks.oci.limits import Limits
 from fledge_tasks.oci.manifest import LayerRef
 from fledge_tasks.oci.reference import Reference
 from fledge_tasks.store import Store
+from fledge_tasks.tools import QEMU_IMG, Tool
 from fledge_tasks.workspace import Workspace
 
 EPOCH_VARIABLE = "SOURCE_DATE_EPOCH"
@@ -83,8 +85,8 @@ class ImagePlan:
         own = [record.key() for record in (self.config, self.customize, self.mkfs)]
         return list(dict.fromkeys([*layers, *own, *([self.agent.key()] if self.agent else [])]))
 
-    def manifest(self, checksum: str) -> Manifest:
-        """Return the record of the manifest for an image file of this digest."""
+    def manifest(self, checksum: str, labels: Mapping[str, str] | None = None) -> Manifest:
+        """Return the record of the manifest for an image file of this digest, and what labels say of it."""
         return Manifest(
             user=msgspec.json.encode(self.image.manifest, order="sorted").decode(),
             name=self.image.name,
@@ -93,7 +95,9 @@ class ImagePlan:
             config=self.config.digest,
             filesystem=self.image.filesystem.type,
             rootfs=str(self.output),
+            format=_other_format(self.image),
             checksum=checksum,
+            labels=dict(labels or {}),
         )
 
 
@@ -111,6 +115,7 @@ class Planner:
         self._references: dict[str, Reference] = {}
         self._lock_names: dict[str, str] = {}
         self._makers: dict[str, str] = {}
+        self._tools: dict[Tool, str] = {}
         self._obstacles: dict[str, FilesystemError | None] = {}
         self._plans: dict[str, tuple[LockedImage, LockedAgent | None, ImagePlan]] = {}
         self._identities: dict[str, str | FledgeError | None] = {}
@@ -121,6 +126,12 @@ class Planner:
         if kind not in self._makers:
             self._makers[kind] = possible.made_by(kind, self.store.index)
         return self._makers[kind]
+
+    def _tool(self, tool: Tool) -> str:
+        """Return package and version of a program; asked once. Raises ToolError."""
+        if tool not in self._tools:
+            self._tools[tool] = tool.identity(self.store.index)
+        return self._tools[tool]
 
     def reference(self, image: ImageConfig) -> Reference:
         """Return the parsed reference. Raises InputError that names file and key."""
@@ -227,7 +238,7 @@ class Planner:
 
         Raises InputError with all mistakes in references and mappings, or for SOURCE_DATE_EPOCH,
         LockError with all entries that `locked` misses, FilesystemError for a type that cannot be
-        made here.
+        made here, ToolError for a format.
         """
         source_date_epoch()
         problems: list[FledgeError] = []
@@ -238,6 +249,7 @@ class Planner:
                     self.reference(image)
                     self._mapped(image)
                     self._local_agent(image)
+                    self._check_output(image)
                     self._check_type(image)
                     if self.locked and (reason := self.unresolved(image)):
                         missing.append(f"{image.name}: {reason}")
@@ -252,6 +264,15 @@ class Planner:
             raise LockError(
                 "\n".join(missing), where=str(self.workspace.lock), hint="run `fledge lock` without --locked"
             )
+
+    def _check_output(self, image: ImageConfig) -> None:
+        """Raise ToolError when what makes the form of the image's files is not here: its version is in their keys."""
+        for key, tools in _output_tools(image.output).items():
+            for tool in tools:
+                try:
+                    self._tool(tool)
+                except ToolError as error:
+                    raise ToolError(error.message, where=f"{image.file}: {key}", hint=error.hint) from None
 
     def _check_type(self, image: ImageConfig) -> None:
         """Raise FilesystemError when the image's filesystem would have to be made and cannot be made here."""
@@ -334,10 +355,25 @@ class Planner:
             sources=sources,
             customize=customize,
             mkfs=mkfs,
-            assemble=Assemble(filesystem=mkfs.key(), preallocate=image.preallocate),
+            assemble=Assemble(
+                filesystem=mkfs.key(),
+                preallocate=image.preallocate,
+                format=_other_format(image),
+                compression=image.output.compression,
+                tools=tuple(map(self._tool, _output_tools(image.output)["output.format"])),
+            ),
             output=self.workspace.output(image),
             manifest_output=self.workspace.manifest_output(image),
         )
+
+
+def _other_format(image: ImageConfig) -> Literal["qcow2"] | None:
+    return None if image.output.format == "raw" else image.output.format
+
+
+def _output_tools(wanted: Output) -> dict[str, tuple[Tool, ...]]:
+    """Return by key what makes the form of an image's files."""
+    return {"output.format": (QEMU_IMG,) if wanted.format == "qcow2" else ()}
 
 
 def _limits(workspace: Workspace) -> Limits:

@@ -14,19 +14,21 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fledge_tasks import agent, collector, fsutil, manifest, mappings, output
+from fledge_tasks import agent, collector, fsutil, manifest, mappings, output, qcow2
+from fledge_tasks.assemble import Assembled
 from fledge_tasks.assemble import assemble as assemble_image
-from fledge_tasks.digest import sha256_bytes, short
+from fledge_tasks.digest import Digest, sha256_bytes, sha256_file, short
 from fledge_tasks.errors import BlobError, FledgeError, StoreError
 from fledge_tasks.filesystems import backend, possible, skeleton
 from fledge_tasks.filesystems.options import OPTIONS
 from fledge_tasks.filesystems.parameters import Parameters
 from fledge_tasks.filesystems.sizing import MIB, Wanted
-from fledge_tasks.fresh import is_assembled, is_fetched
+from fledge_tasks.fresh import description, is_fetched
 from fledge_tasks.keys import Stage
 from fledge_tasks.oci import source
 from fledge_tasks.oci.layer import unpack as unpack_layer
@@ -310,16 +312,18 @@ def assemble(planner: Planner, plan: ImagePlan) -> Values:
         image_map = skeleton.read_map(made.file(MAP))
         started = time.monotonic()
         progress = meter(sum(extent.count for extent in image_map.extents) * BLOCK_BYTES)
+        put = partial(
+            assemble_image,
+            image_map,
+            made.file(SKELETON),
+            payloads_of(sources),
+            preallocate=plan.assemble.preallocate,
+            advance=progress.add,
+        )
         with _writing(plan.output):
-            assembled = assemble_image(
-                image_map,
-                made.file(SKELETON),
-                payloads_of(sources),
-                plan.output,
-                preallocate=plan.assemble.preallocate,
-                advance=progress.add,
-            )
-            output.remember(plan.output, key, assembled.sha256, time.monotonic() - started)
+            assembled, checksum = _publish_disk(plan, put)
+            seconds, is_raw = time.monotonic() - started, plan.assemble.format is None
+            output.remember(plan.output, key, checksum, seconds, raw_sha256=None if is_raw else assembled.sha256)
         with store.index.together():
             for entry in (*sources, made):
                 store.touch(entry.key)
@@ -327,10 +331,24 @@ def assemble(planner: Planner, plan: ImagePlan) -> Values:
             _drop_blob(store, layer)  # one that a crash after unpacking left, or that was fetched beside it
     return {
         "bytes": assembled.size,
-        "sha256": assembled.sha256,
+        "sha256": checksum,
         "shared_bytes": assembled.shared_bytes,
         "copied_bytes": assembled.copied_bytes,
     }
+
+
+def _publish_disk(plan: ImagePlan, put: Callable[..., Assembled]) -> tuple[Assembled, Digest]:
+    """Have `put` write the raw image to its place, or to where a qcow2 is made of it, and return that file's digest."""
+    if plan.assemble.format is None:
+        assembled = put(plan.output)
+        return assembled, assembled.sha256
+    with fsutil.scratch_beside(plan.output) as folder:
+        raw, made = folder / "raw", folder / "qcow2"
+        assembled = put(raw, durable=False)
+        qcow2.convert(raw, made, plan.assemble.compression)
+        checksum = sha256_file(made)
+        fsutil.publish_file(made, plan.output)
+    return assembled, checksum
 
 
 # --- manifest --------------------------------------------------------------------------------
@@ -340,10 +358,9 @@ def write_manifest(planner: Planner, plan: ImagePlan) -> Values:
     """Write the manifest of the image file beside it."""
     store = planner.store
     with output.writing(store, plan.output):
-        image = is_assembled(plan)
-        if isinstance(image, str):
-            raise StoreError(f"{image} any more", where=str(plan.output), hint="run again")
-        record = plan.manifest(image.sha256)
+        record = description(plan)
+        if isinstance(record, str):
+            raise StoreError(f"{record} any more", where=str(plan.output), hint="run again")
         if isinstance(output.look(plan.manifest_output, record.key()), output.Written):
             return HIT
         config = store.find(plan.config.key())
@@ -359,15 +376,26 @@ def write_manifest(planner: Planner, plan: ImagePlan) -> Values:
                 rootfs=plan.output,
                 checksum=record.checksum,
                 filesystem=record.filesystem,
+                disk_format=record.format or "raw",
+                labels=record.labels,
             )
         except FledgeError:
             output.remove(plan.manifest_output)  # it describes the image that was here before
             raise
         with _writing(plan.manifest_output):
+            _remove_others(planner, plan)  # first: what is left of a crash here is looked at again
             fsutil.remove_stale(plan.manifest_output)
             fsutil.write_atomic(plan.manifest_output, data)
             output.remember(plan.manifest_output, record.key(), sha256_bytes(data))
     return {"bytes": len(data)}
+
+
+def _remove_others(planner: Planner, plan: ImagePlan) -> None:
+    """Remove what earlier builds made of the image in a form that is not asked for any more."""
+    for path in planner.workspace.outputs(plan.image) - {plan.output, plan.manifest_output}:
+        fsutil.remove_stale(path)
+        if output.key_of(path) is not None:
+            output.remove(path)
 
 
 @contextlib.contextmanager

@@ -54,6 +54,10 @@ class Tool:
             index.set(name, [*facts, version])
         return version
 
+    def identity(self, index: Index | None = None) -> str:
+        """Return package and version, for keys. Raises ToolError as `version`."""
+        return f"{package_of(self.name)} {self.version(index)}"
+
 
 SKOPEO = Tool("skopeo", ("--version",))
 MKE2FS = Tool("mke2fs", ("-V",))
@@ -64,3 +68,4 @@ BTRFSTUNE = Tool("btrfstune", ("--version",))
 MKFS_XFS = Tool("mkfs.xfs", ("-V",))
 MKFS_BTRFS = Tool("mkfs.btrfs", ("-V",))
 QEMU = Tool("qemu-system-x86_64", ("--version",))
+QEMU_IMG = Tool("qemu-img", ("--version",))

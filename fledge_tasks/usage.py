@@ -152,8 +152,8 @@ def _made(store: Store, planner: Planner, plan: ImagePlan, now: int) -> Made:
         "mkfs": [plan.mkfs.key()],
     }
     texts = {"assemble": plan.assemble.text()}
-    if isinstance(image := fresh.is_assembled(plan), output.Written):
-        texts["manifest"] = plan.manifest(image.sha256).text()
+    if not isinstance(record := fresh.description(plan), str):
+        texts["manifest"] = record.text()
     return Made(
         [name for name in names if name], keys, texts,
         round(sum(seconds for seconds, _ in costs), 3), sum(size for _, size in costs), now,

@@ -1,7 +1,7 @@
 """Does a finished image hold what it should? Read back, and compared entry by entry.
 
 The image is read as others read it: ext4 by e2fsck and through libext2fs; xfs and btrfs, as root, by
-their own checkers and by Linux. What it should hold is the
+their own checkers and by Linux; of a qcow2 what qemu-img makes of it. What it should hold is the
 merged tree of its layers, whose file data is in the payloads. What is wrong with an image is a
 value here, never an error.
 """
@@ -13,16 +13,19 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
+from fledge_tasks import qcow2
 from fledge_tasks.digest import sha256_file
 from fledge_tasks.errors import CommandError, FilesystemError
 from fledge_tasks.filesystems import ext4, ext4_inode, ext4_read, mounted_read
 from fledge_tasks.filesystems.ext4_read import Found
 from fledge_tasks.filesystems.libext2fs import Extent
 from fledge_tasks.fsutil import opened
+from fledge_tasks.manifest import RAW_CHECKSUM
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, Entry, Kind, Run, file_runs
 from fledge_tasks.run import run
 from fledge_tasks.tree import Inode
@@ -56,6 +59,29 @@ class Difference(NamedTuple):
         return f"{self.path}: {self.message}" if self.path else self.message
 
 
+def check_disk(image: Path) -> Iterator[Difference]:
+    """Yield what is wrong with the format of an image file. Raises OSError, ToolError."""
+    if qcow2.is_qcow2(image):
+        for problem in qcow2.problems(image):
+            yield Difference("", problem)
+
+
+@contextmanager
+def raw_of(image: Path) -> Iterator[Path]:
+    """Yield an image file in which `check_disk` finds nothing in its raw form: itself, or a temporary file.
+
+    That is made in TMPDIR, else in /var/tmp. Raises OSError, CommandError.
+    """
+    if not qcow2.is_qcow2(image):
+        yield image
+        return
+    place = os.environ.get("TMPDIR") or "/var/tmp"
+    with TemporaryDirectory(prefix="fledge-verify-", dir=place) as folder:
+        raw = Path(folder) / "raw"
+        qcow2.expand(image, raw)
+        yield raw
+
+
 def check_manifest(image: Path, manifest: Path) -> Iterator[Difference]:
     """Yield what a manifest says otherwise of an image file. Raises OSError when the image cannot be read."""
     try:
@@ -65,6 +91,22 @@ def check_manifest(image: Path, manifest: Path) -> Iterator[Difference]:
         return
     if checksum != (found := sha256_file(image)):
         yield Difference("", f"the checksum is {found}, and should be {checksum}, says {manifest}")
+
+
+def check_raw(raw: Path, manifest: Path) -> Iterator[Difference]:
+    """Yield what a manifest says otherwise of the raw image that a disk of another format holds. Raises OSError."""
+    checksum = label(manifest, RAW_CHECKSUM)
+    if checksum is not None and checksum != (found := sha256_file(raw)):
+        yield Difference("", f"the raw image's checksum is {found}, and should be {checksum}, says {manifest}")
+
+
+def label(manifest: Path, name: str) -> str | None:
+    """Return a label of a manifest, None if there is no such manifest or label."""
+    try:
+        value = json.loads(manifest.read_bytes())["labels"][name]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return value if isinstance(value, str) else None
 
 
 def check_structure(image: Path, kind: str = "ext4") -> Iterator[Difference]:

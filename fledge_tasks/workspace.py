@@ -15,7 +15,8 @@ from fledge_tasks.shapes import quoted, suggestion
 
 CACHE_VARIABLE = "FLEDGE_CACHE_DIR"
 LOCK_NAME = "fledge.lock"
-IMAGE_NAME = "rootfs.img"
+IMAGE_NAMES = {"raw": "rootfs.img", "qcow2": "rootfs.qcow2"}
+"""The name of an image's disk by its format."""
 MANIFEST_NAME = "manifest.json"
 
 _SKIPPED = frozenset({"node_modules"})
@@ -57,7 +58,12 @@ class Workspace(msgspec.Struct, frozen=True):
 
     def output(self, image: ImageConfig) -> Path:
         """Return where the image's disk is published."""
-        return self.build / image.name / IMAGE_NAME
+        return self.build / image.name / IMAGE_NAMES[image.output.format]
+
+    def outputs(self, image: ImageConfig) -> set[Path]:
+        """Return all that builds of the image may have published, in whatever form."""
+        folder = self.build / image.name
+        return {folder / name for name in (*IMAGE_NAMES.values(), MANIFEST_NAME)}
 
     def manifest_output(self, image: ImageConfig) -> Path:
         """Return where the image's manifest is published."""

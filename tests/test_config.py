@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fledge_tasks import config
-from fledge_tasks.config import Agent, ImageConfig, Limits, Mapping, Source
+from fledge_tasks.config import Agent, ImageConfig, Limits, Mapping, Output, Source
 from fledge_tasks.errors import ConfigError
 from fledge_tasks.filesystem_settings import Filesystem
 
@@ -95,7 +95,7 @@ platform = "linux/arm64/v8"
 [filesystem]
 type = "btrfs"
 size_buffer_mb = 0
-preallocate = true
+preallocate = false
 [filesystem.mappings]
 "two files" = "/usr/share/"
 [mappings]
@@ -112,11 +112,14 @@ labels = { a = "b" }
 layer_mb = 7
 entries = 8
 ratio = 9
+[output]
+format = "qcow2"
+compression = "zstd"
 """ % ("AB" * 32)
     image = load(folder, content)
     assert image.name == "Web.1_x-y"
     assert image.source == Source("oci:layout:tag", "linux/arm64/v8")
-    assert (image.filesystem, image.preallocate) == (Filesystem("btrfs", 0), True)
+    assert (image.filesystem, image.preallocate) == (Filesystem("btrfs", 0), False)
     assert image.mappings == (
         Mapping("one", "/usr/share/"),
         Mapping("/abs/../x", "//etc/x..y/."),
@@ -125,6 +128,43 @@ ratio = 9
     assert image.agent == Agent("http", url="https://example.org/kestrel", checksum="sha256:" + "ab" * 32)
     assert image.manifest == {"name": "Web.1_x-y", "labels": {"a": "b"}}
     assert image.limits == Limits(7, 8, 9)
+    assert image.output == Output("qcow2", "zstd")
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ('format = "qcow"', ['output.format: found string "qcow", expected the string "raw" or "qcow2"', "qcow2"]),
+        ("format = 1", ['output.format: found integer 1, expected the string "raw" or "qcow2"']),
+        (
+            'format = "qcow2"\ncompression = "gzip"\nfmt = 1',
+            [
+                'output.compression: found string "gzip", expected the string "zlib" or "zstd"',
+                "output.fmt: unknown key, allowed here: format, compression", "format",
+            ],
+        ),
+        ('compression = "zstd"', ['output.compression: found with a raw disk, expected format = "qcow2" beside it']),
+        (
+            'format = "raw"\ncompression = "zlib"',
+            ['output.compression: found with a raw disk, expected format = "qcow2" beside it'],
+        ),
+    ],
+)  # fmt: skip
+def test_bad_outputs(folder: Path, lines: str, expected: list[str]) -> None:
+    found = problems(folder, f"{MINIMAL}[output]\n{lines}\n")
+    assert found == [
+        f"web/fledge.toml: {line}" if ":" in line else f'  hint: did you mean "{line}"?' for line in expected
+    ]
+
+
+def test_preallocated_qcow2_disks(folder: Path) -> None:
+    content = MINIMAL.replace("preallocate = false", "preallocate = true") + '[output]\nformat = "qcow2"\n'
+    assert problems(folder, content) == [
+        'web/fledge.toml: filesystem.preallocate: found true with output.format = "qcow2", '
+        "expected false: a qcow2 file holds what is used"
+    ]
+    assert load(folder, content.replace('"qcow2"', '"raw"')).preallocate
+    assert problems(folder, "output = 1\n" + MINIMAL) == ["web/fledge.toml: output: found integer 1, expected a table"]
 
 
 def test_records_are_frozen(folder: Path) -> None:
@@ -217,7 +257,7 @@ resources = { cpu_cores = 1.0 }
         "of the characters A-Z a-z 0-9 . _ -, the first a letter or digit",
         "web/fledge.toml: manifest.resources.cpu_cores: found float 1.0, expected an integer from 1 to 2147483647",
         "web/fledge.toml: filesytem: unknown key, allowed here: "
-        "version, strategy, source, filesystem, mappings, agent, manifest, limits",
+        "version, strategy, source, filesystem, mappings, agent, manifest, limits, output",
         '  hint: did you mean "filesystem"?',
         'web/fledge.toml: filesystem.mappings."./a": found the destination "/etc//a", which mappings."./b" has already',
     ]

@@ -26,7 +26,7 @@ FLOORS = (
     ("workspace", "output", "lock", "keys"),
     ("config",),
     ("starter", "filesystem_settings"),
-    ("assemble", "boot", "filesystems", "manifest", "mappings", "agent", "download"),
+    ("assemble", "boot", "filesystems", "manifest", "mappings", "agent", "download", "qcow2"),
     ("tree",),
     ("archive",),
     ("oci",),

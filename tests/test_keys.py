@@ -39,7 +39,9 @@ RECORDS: list[Stage] = [
         uuid="11111111-1111-4111-8111-111111111111",
         tools=("e2fsprogs 1.47.0",),
     ),
-    Assemble(filesystem="sha256:m", preallocate=False),
+    Assemble(
+        filesystem="sha256:m", preallocate=False, format="qcow2", compression="zstd", tools=("qemu-utils 7.2.22",)
+    ),
     Manifest(
         user="{}",
         name="web",
@@ -47,8 +49,10 @@ RECORDS: list[Stage] = [
         image_digest="sha256:i",
         config="sha256:c",
         filesystem="ext4",
-        rootfs="/w/build/web/rootfs.img",
+        rootfs="/w/build/web/rootfs.qcow2",
+        format="qcow2",
         checksum="sha256:r",
+        labels={"fledge.raw_checksum": "sha256:w"},
     ),
 ]
 GOLDEN = {
@@ -83,15 +87,23 @@ GOLDEN = {
         "tools[0] = \"e2fsprogs 1.47.0\"",
         "uuid = \"11111111-1111-4111-8111-111111111111\"",
     ],
-    "assemble": ["filesystem = \"sha256:m\"", "preallocate = false"],
+    "assemble": [
+        "compression = \"zstd\"",
+        "filesystem = \"sha256:m\"",
+        "format = \"qcow2\"",
+        "preallocate = false",
+        "tools[0] = \"qemu-utils 7.2.22\"",
+    ],
     "manifest": [
         "checksum = \"sha256:r\"",
         "config = \"sha256:c\"",
         "filesystem = \"ext4\"",
+        "format = \"qcow2\"",
         "image = \"docker.io/library/nginx:alpine\"",
         "image_digest = \"sha256:i\"",
+        "labels.fledge.raw_checksum = \"sha256:w\"",
         "name = \"web\"",
-        "rootfs = \"/w/build/web/rootfs.img\"",
+        "rootfs = \"/w/build/web/rootfs.qcow2\"",
         "user = \"{}\"",
     ],
 }  # fmt: skip
@@ -122,7 +134,13 @@ def others(value: Any, kind: Any) -> Iterator[Any]:
         yield from (choice for choice in typing.get_args(kind) if choice != value)
     elif origin in (types.UnionType, typing.Union):
         samples: dict[object, object] = {str: "other", int: 7}
-        yield from (samples.get(choice) for choice in typing.get_args(kind) if choice is not type(value))
+        for choice in typing.get_args(kind):
+            if typing.get_origin(choice) is Literal:
+                yield from others(value, choice)
+            elif choice is not type(value):
+                yield samples.get(choice)
+    elif origin is dict:
+        yield from ({}, {**value, "other": "x"}, {name: below + "x" for name, below in value.items()})
     elif kind is bool:
         yield not value
     elif kind is int:

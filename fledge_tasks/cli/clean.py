@@ -20,7 +20,9 @@ def clean(context: Context, names: tuple[str, ...], cache: bool) -> None:
         raise click.UsageError("--cache is about all images: leave out the names")
     workspace = context.load()
     for image in workspace.select(names):
-        for path in (workspace.output(image), workspace.manifest_output(image)):
+        wanted = [workspace.output(image), workspace.manifest_output(image)]
+        others = sorted(workspace.outputs(image) - set(wanted))
+        for path in (*wanted, *(other for other in others if output.key_of(other) is not None)):
             if output.remove(path):
                 click.echo(f"removed {path}")
     if cache:

@@ -86,9 +86,8 @@ def _image(
     except FledgeError:
         plan = None
     written = fresh.is_assembled(plan) if plan else ""
-    is_current = isinstance(written, output.Written)
     reports = []
-    for stage, task, key in _tasks(image, plan, written.sha256 if isinstance(written, output.Written) else None):
+    for stage, task, key in _tasks(image, plan):
         result = results.get(task)
         status: Status = "not-needed"
         if result is not None and result.status != "skipped":
@@ -103,12 +102,12 @@ def _image(
         str(planner.workspace.output(image)),
         str(planner.workspace.manifest_output(image)),
         written.sha256 if isinstance(written, output.Written) else None,
-        written.size if isinstance(written, output.Written) and is_current else 0,
+        written.size if isinstance(written, output.Written) else 0,
         reports,
     )
 
 
-def _tasks(image: ImageConfig, plan: ImagePlan | None, checksum: str | None) -> Iterator[tuple[str, str, str | None]]:
+def _tasks(image: ImageConfig, plan: ImagePlan | None) -> Iterator[tuple[str, str, str | None]]:
     """Yield (stage, task name, key), in the order of the pipeline."""
     yield "resolve", f"resolve:{image.name}", plan.config.key() if plan else None
     layers = {layer.ref.diff_id: layer for layer in plan.layers} if plan else {}
@@ -118,5 +117,5 @@ def _tasks(image: ImageConfig, plan: ImagePlan | None, checksum: str | None) -> 
         yield "unpack", f"unpack:{short(diff_id)}", layer.unpack_key
     yield "mkfs", f"mkfs:{image.name}", plan.mkfs.key() if plan else None
     yield "assemble", f"assemble:{image.name}", plan.assemble.key() if plan else None
-    manifest = plan.manifest(checksum).key() if plan and checksum else None
-    yield "manifest", f"manifest:{image.name}", manifest
+    record = fresh.description(plan) if plan else ""
+    yield "manifest", f"manifest:{image.name}", None if isinstance(record, str) else record.key()

@@ -6,7 +6,8 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import click
@@ -19,7 +20,17 @@ from fledge_tasks.errors import InputError
 from fledge_tasks.filesystems.possible import MAKERS
 from fledge_tasks.output import key_of
 from fledge_tasks.plan import ImagePlan, Planner
-from fledge_tasks.verify import Difference, check_manifest, check_structure, compare_tree, read_all
+from fledge_tasks.verify import (
+    Difference,
+    check_disk,
+    check_manifest,
+    check_raw,
+    check_structure,
+    compare_tree,
+    label,
+    raw_of,
+    read_all,
+)
 from fledge_tasks.workspace import MANIFEST_NAME
 
 _SHOWN = 100
@@ -86,14 +97,24 @@ def _verify_image(planner: Planner, image: ImageConfig) -> Verified:
         missing = Difference("", f"there is no image: run `fledge build {image.name}`")
         return Verified(image.name, str(file), False, [missing])
     kind = image.filesystem.type
-    differences = [*check_manifest(file, manifest), *check_structure(file, kind)]
     is_current = key_of(file) == plan.assemble.key()
     if is_current:
-        differences += _compare(planner, plan, file)
+        differences = _look(file, manifest, kind, partial(_compare, planner, plan))
     else:
         message = f"what goes in has changed since the image was made: run `fledge build {image.name}`"
-        differences += [Difference("", message), *read_all(file, kind)]
+        differences = [Difference("", message), *_look(file, manifest, kind, partial(read_all, kind=kind))]
     return Verified(image.name, str(file), is_current, differences)
+
+
+def _look(file: Path, manifest: Path, kind: str, compare: Callable[[Path], Iterable[Difference]]) -> list[Difference]:
+    """Return what is wrong with an image file, and what `compare` finds in its raw form."""
+    differences = [*check_manifest(file, manifest)]
+    if broken := list(check_disk(file)):
+        return differences + broken
+    with raw_of(file) as raw:
+        if raw != file:
+            differences += check_raw(raw, manifest)
+        return [*differences, *check_structure(raw, kind), *compare(raw)]
 
 
 def _verify_file(context: Context, file: Path, manifest: Path) -> Verified:
@@ -101,22 +122,16 @@ def _verify_file(context: Context, file: Path, manifest: Path) -> Verified:
         if not path.is_file():
             raise InputError(f"there is no such {what}", where=str(path), hint=hint)
     kind = _type_in(manifest)
-    differences = [*check_manifest(file, manifest), *check_structure(file, kind)]
     found = _named_in(context, manifest)
-    if found is None:
-        differences += read_all(file, kind)
-    else:
-        planner, plan = found
-        differences += _compare(planner, plan, file)
+    compare = partial(_compare, *found) if found else partial(read_all, kind=kind)
+    differences = _look(file, manifest, kind, compare)
     return Verified(file.name, str(file), found is not None, differences)
 
 
 def _type_in(manifest: Path) -> str:
     """Return the type of filesystem that a manifest tells the guest, ext4 when it tells none that we know."""
-    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-        kind = json.loads(manifest.read_bytes())["labels"]["volant.rootfs_fstype"]
-        return kind if kind in MAKERS else "ext4"
-    return "ext4"
+    kind = label(manifest, "volant.rootfs_fstype")
+    return kind if kind in MAKERS else "ext4"
 
 
 def _named_in(context: Context, manifest: Path) -> tuple[Planner, ImagePlan] | None:
