@@ -60,10 +60,14 @@ class Source(msgspec.Struct, frozen=True):
 
 
 class Output(msgspec.Struct, frozen=True):
-    """`[output]`: the form in which an image is published. `compression` is that of a qcow2's clusters."""
+    """`[output]`: the form in which an image is published.
+
+    `compression` is that of a qcow2's clusters; with `verity` a hash tree for dm-verity comes with it.
+    """
 
     format: DiskFormat = "raw"
     compression: Compression | None = None
+    verity: bool = False
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -163,7 +167,13 @@ FLEDGE = Table(
         "limits": Table(
             {"layer_mb": integer(1, MAX_SIZE_MB), "entries": integer(1, MAX_INTEGER), "ratio": integer(1, MAX_INTEGER)}
         ),
-        "output": Table({"format": one_of("raw", "qcow2"), "compression": one_of("zlib", "zstd")}),
+        "output": Table(
+            {
+                "format": one_of("raw", "qcow2"),
+                "compression": one_of("zlib", "zstd"),
+                "verity": Value(bool, "true or false"),
+            }
+        ),
     },
     required=("version", "strategy", "source", "filesystem"),
 )

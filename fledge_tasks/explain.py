@@ -26,7 +26,7 @@ _ORIGINS = {
     "agent": "[agent]", "user": "[manifest]", "name": "[manifest] name", "image": "[source] image",
     "image_digest": "the image", "rootfs": "where the workspace is", "checksum": "the image file",
 }  # fmt: skip
-_DERIVED = {"uuid", "layers", "filesystem"}  # follow from what is shown elsewhere
+_DERIVED = {"uuid", "salt", "layers", "filesystem"}  # follow from what is shown elsewhere
 
 
 class Change(NamedTuple):
@@ -91,11 +91,19 @@ def explain(planner: Planner, image: ImageConfig) -> Iterator[Explanation]:
     if isinstance(assembled, str):
         changes = _changes(_noted(made, "assemble"), _values(plan.assemble.text()))
         yield Explanation("assemble", f"assemble:{image.name}", "miss", assembled, tuple(changes))
-        yield Explanation("manifest", f"manifest:{image.name}", "miss", "the image file is made anew")
+        for stage in [*(["verity"] if image.output.verity else []), "manifest"]:
+            yield Explanation(stage, f"{stage}:{image.name}", "miss", "the image file is made anew")
         return
     yield Explanation("assemble", f"assemble:{image.name}", "hit")
+    if image.output.verity:
+        hashed, verity = fresh.is_hashed(plan), plan.verity(assembled.raw_checksum)
+        if isinstance(hashed, str):
+            changes = _changes(_noted(made, "verity"), _values(verity.text()))
+            yield Explanation("verity", f"verity:{image.name}", "miss", hashed, tuple(changes))
+        else:
+            yield Explanation("verity", f"verity:{image.name}", "hit")
     if isinstance(described, str):
-        changes = _changes(_noted(made, "manifest"), _values("" if isinstance(record, str) else record.text()))
+        changes = iter(()) if isinstance(record, str) else _changes(_noted(made, "manifest"), _values(record.text()))
         yield Explanation("manifest", f"manifest:{image.name}", "miss", described, tuple(changes))
     else:
         yield Explanation("manifest", f"manifest:{image.name}", "hit")

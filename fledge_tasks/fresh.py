@@ -8,7 +8,7 @@ from __future__ import annotations
 from fledge_tasks import output
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.keys import Manifest
-from fledge_tasks.manifest import RAW_CHECKSUM
+from fledge_tasks.manifest import HASH_TREE, RAW_CHECKSUM, ROOT_HASH
 from fledge_tasks.plan import ImagePlan, Layer, Planner
 from fledge_tasks.store import Store
 
@@ -42,12 +42,25 @@ def is_assembled(plan: ImagePlan) -> output.Written | str:
     return output.look(plan.output, plan.assemble.key())
 
 
+def is_hashed(plan: ImagePlan) -> output.Written | str:
+    """Return the record of the image file's hash tree if it is up to date, else the reason why it is not."""
+    image = is_assembled(plan)
+    if isinstance(image, str):
+        return image
+    return output.look(plan.tree_output, plan.verity(image.raw_checksum).key())
+
+
 def description(plan: ImagePlan) -> Manifest | str:
     """Return the record of the manifest that describes the finished files, else the reason why there is none yet."""
     image = is_assembled(plan)
     if isinstance(image, str):
         return image
     labels = {} if image.raw_sha256 is None else {RAW_CHECKSUM: image.raw_sha256}
+    if plan.image.output.verity:
+        tree = is_hashed(plan)
+        if isinstance(tree, str):
+            return tree
+        labels |= {ROOT_HASH: str(tree.root_hash), HASH_TREE: str(plan.tree_output)}
     return plan.manifest(image.sha256, labels)
 
 

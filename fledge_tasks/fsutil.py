@@ -147,28 +147,32 @@ def replacing(target: Path, mode: int = 0o644, *, durable: bool = True) -> Itera
 
 
 @contextlib.contextmanager
-def scratch_beside(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside `target`, for what programs write by themselves; it is gone afterwards.
+def replacing_by_programs(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target`, for programs that write files by themselves, and in a mode of their own.
 
-    The caller is the only writer of `target`; what its crashed writers left is deleted. Raises OSError.
+    What is at `target.name` in it takes the place of `target` when the block ends well; the folder is
+    gone by then. Atomic and durable as `replacing`. Makes the folder of `target`. The caller is the
+    only writer of `target`; what its crashed writers left is deleted. Raises OSError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(target)
-    folder = temp_sibling(target)
-    folder.mkdir()
+    folder, temp = temp_sibling(target), temp_sibling(target)
     try:
-        yield folder
-    finally:
-        remove_tree(folder)
-
-
-def publish_file(temp: Path, target: Path) -> None:
-    """Rename a finished file to `target` in the same filesystem, durably and atomically. Raises OSError."""
-    crash_point(f"{target.name}: written")
-    sync_file(temp)
-    crash_point(f"{target.name}: synced")
-    os.rename(temp, target)
-    crash_point(f"{target.name}: renamed")
+        folder.mkdir()
+        try:
+            crash_point(f"{target.name}: created")
+            yield folder
+            os.rename(folder / target.name, temp)
+        finally:
+            remove_tree(folder)
+        crash_point(f"{target.name}: written")
+        sync_file(temp)
+        crash_point(f"{target.name}: synced")
+        os.rename(temp, target)
+        crash_point(f"{target.name}: renamed")
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
     sync_folder(target.parent)
     crash_point(f"{target.name}: folder synced")
 

@@ -140,6 +140,15 @@ class Assemble(Stage, frozen=True, kw_only=True, omit_defaults=True):
     tools: tuple[str, ...] = ()
 
 
+class Verity(Stage, frozen=True, kw_only=True):
+    """The hash tree of an image file. `checksum` is that of what a guest sees, the raw image."""
+
+    checksum: str
+    salt: str
+    uuid: str
+    tools: tuple[str, ...]
+
+
 class Manifest(Stage, frozen=True, kw_only=True, omit_defaults=True):
     """A manifest file. Unlike all others it names a path of this host, since its content does."""
 

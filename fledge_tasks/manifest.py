@@ -14,8 +14,9 @@ from fledge_tasks.shapes import URL, Array, Conflict, Finding, Table, TableOf, V
 
 SCHEMA_URL = "https://raw.githubusercontent.com/volantvm/volant/main/docs/schemas/plugin-manifest-v1.json"
 SCHEMA_VERSION = "1.0"
-RAW_CHECKSUM = "fledge.raw_checksum"
-"""The label with the checksum of the raw image that a disk of another format holds."""
+RAW_CHECKSUM, ROOT_HASH, HASH_TREE = "fledge.raw_checksum", "fledge.verity_root_hash", "fledge.verity_hash_tree"
+"""Labels: the checksum of the raw image that a disk of another format holds; for dm-verity, the root hash
+in hexadecimal digits, and the path of the hash tree."""
 
 CHECKSUM = matching(r"(sha256:)?[0-9A-Fa-f]{64}", 'a checksum: "sha256:" and 64 hexadecimal digits')
 NAME = matching(

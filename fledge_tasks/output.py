@@ -2,9 +2,9 @@
 
 `build/<name>/.fledge.json` says, for each file that we wrote there, from which key it was made and
 what stat said of it then: {"<file>": {"key", "sha256", "size", "mtime_ns", "inode", "seconds"}}; of a
-qcow2 also "raw_sha256". A file that someone booted, edited, replaced or deleted no longer fits and is
-made again. The record is written after the file, so a crash between the two only means that the file
-is made again.
+qcow2 also "raw_sha256", of a hash tree "root_hash". A file that someone booted, edited, replaced or
+deleted no longer fits and is made again. The record is written after the file, so a crash between the
+two only means that the file is made again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ RECORD = ".fledge.json"
 class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What is known of one file. `seconds` is what it took to make.
 
-    `raw_sha256` is that of the raw image which a disk of another format holds.
+    `raw_sha256` is that of the raw image which a disk of another format holds, `root_hash` that of a
+    hash tree.
     """
 
     key: str
@@ -37,6 +38,12 @@ class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     inode: int
     seconds: float = 0.0
     raw_sha256: str | None = None
+    root_hash: str | None = None
+
+    @property
+    def raw_checksum(self) -> str:
+        """The digest of what a guest sees of a disk."""
+        return self.raw_sha256 or self.sha256
 
 
 @contextlib.contextmanager
@@ -85,12 +92,18 @@ def key_of(path: Path) -> str | None:
 
 
 def remember(
-    path: Path, key: str, sha256: Digest, seconds: float = 0.0, *, raw_sha256: Digest | None = None
+    path: Path,
+    key: str,
+    sha256: Digest,
+    seconds: float = 0.0,
+    *,
+    raw_sha256: Digest | None = None,
+    root_hash: str | None = None,
 ) -> Written:
     """Record that the file was just made from `key`. Atomic."""
     status = path.stat()
     facts = status.st_size, status.st_mtime_ns, status.st_ino, round(seconds, 3)
-    written = Written(key, sha256, *facts, raw_sha256=raw_sha256)
+    written = Written(key, sha256, *facts, raw_sha256, root_hash)
     records = {**_read(path.parent), path.name: written}
     fsutil.write_atomic(path.parent / RECORD, msgspec.json.format(msgspec.json.encode(records), indent=1))
     return written

@@ -23,7 +23,7 @@ from fledge_tasks.digest import Digest
 from fledge_tasks.errors import AgentError, FilesystemError, FledgeError, InputError, LockError, ToolError
 from fledge_tasks.filesystems import possible
 from fledge_tasks.index import FileDigests
-from fledge_tasks.keys import Agent, Assemble, Blob, Config, Content, Customize, Manifest, Mkfs, Unpack
+from fledge_tasks.keys import Agent, Assemble, Blob, Config, Content, Customize, Manifest, Mkfs, Unpack, Verity
 from fledge_tasks.lock import LockedAgent, LockedImage, LockFile
 from fledge_tasks.mappings import MappedFile, expand
 from fledge_tasks.oci import reference
@@ -31,7 +31,7 @@ from fledge_tasks.oci.limits import Limits
 from fledge_tasks.oci.manifest import LayerRef
 from fledge_tasks.oci.reference import Reference
 from fledge_tasks.store import Store
-from fledge_tasks.tools import QEMU_IMG, Tool
+from fledge_tasks.tools import QEMU_IMG, VERITYSETUP, Tool
 from fledge_tasks.workspace import Workspace
 
 EPOCH_VARIABLE = "SOURCE_DATE_EPOCH"
@@ -62,6 +62,7 @@ class ImagePlan:
     """All that is known of an image's build before it starts.
 
     `sources` maps destinations of mapped files to host paths; `agent_path` is that of a local agent.
+    `salt` and `verity_tools` are those of the hash tree.
     """
 
     image: ImageConfig
@@ -75,7 +76,10 @@ class ImagePlan:
     customize: Customize
     mkfs: Mkfs
     assemble: Assemble
+    salt: str
+    verity_tools: tuple[str, ...]
     output: Path
+    tree_output: Path
     manifest_output: Path
 
     @property
@@ -84,6 +88,17 @@ class ImagePlan:
         layers = [key for layer in self.layers for key in (layer.blob.key(), layer.unpack_key)]
         own = [record.key() for record in (self.config, self.customize, self.mkfs)]
         return list(dict.fromkeys([*layers, *own, *([self.agent.key()] if self.agent else [])]))
+
+    @property
+    def published(self) -> list[Path]:
+        """The files that a build of the image publishes, in the order in which they are made."""
+        tree = [self.tree_output] if self.image.output.verity else []
+        return [self.output, *tree, self.manifest_output]
+
+    def verity(self, raw_checksum: str) -> Verity:
+        """Return the record of the hash tree for a raw image of this digest."""
+        identity = uuid.uuid5(uuid.UUID(self.mkfs.uuid), "hash tree")
+        return Verity(checksum=raw_checksum, salt=self.salt, uuid=str(identity), tools=self.verity_tools)
 
     def manifest(self, checksum: str, labels: Mapping[str, str] | None = None) -> Manifest:
         """Return the record of the manifest for an image file of this digest, and what labels say of it."""
@@ -238,7 +253,7 @@ class Planner:
 
         Raises InputError with all mistakes in references and mappings, or for SOURCE_DATE_EPOCH,
         LockError with all entries that `locked` misses, FilesystemError for a type that cannot be
-        made here, ToolError for a format.
+        made here, ToolError for what `[output]` wants.
         """
         source_date_epoch()
         problems: list[FledgeError] = []
@@ -344,6 +359,7 @@ class Planner:
             uuid=image.filesystem.uuid or str(uuid.UUID(hex=content.key()[7 : 7 + 32], version=4)),
             tools=(self._maker(image.filesystem.type),),
         )
+        tools = _output_tools(image.output)
         return ImagePlan(
             image=image,
             reference=self.reference(image),
@@ -360,9 +376,12 @@ class Planner:
                 preallocate=image.preallocate,
                 format=_other_format(image),
                 compression=image.output.compression,
-                tools=tuple(map(self._tool, _output_tools(image.output)["output.format"])),
+                tools=tuple(map(self._tool, tools["output.format"])),
             ),
+            salt=content.key().removeprefix("sha256:"),
+            verity_tools=tuple(map(self._tool, tools["output.verity"])),
             output=self.workspace.output(image),
+            tree_output=self.workspace.tree_output(image),
             manifest_output=self.workspace.manifest_output(image),
         )
 
@@ -373,7 +392,10 @@ def _other_format(image: ImageConfig) -> Literal["qcow2"] | None:
 
 def _output_tools(wanted: Output) -> dict[str, tuple[Tool, ...]]:
     """Return by key what makes the form of an image's files."""
-    return {"output.format": (QEMU_IMG,) if wanted.format == "qcow2" else ()}
+    return {
+        "output.format": (QEMU_IMG,) if wanted.format == "qcow2" else (),
+        "output.verity": (VERITYSETUP,) if wanted.verity else (),
+    }
 
 
 def _limits(workspace: Workspace) -> Limits:

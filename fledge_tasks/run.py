@@ -28,7 +28,7 @@ _PACKAGES = {
     "mkfs.xfs": "xfsprogs", "xfs_growfs": "xfsprogs", "xfs_repair": "xfsprogs",
     "mkfs.btrfs": "btrfs-progs", "btrfs": "btrfs-progs", "btrfstune": "btrfs-progs",
     "qemu-system-x86_64": "qemu-system-x86", "busybox": "busybox-static",
-    "qemu-img": "qemu-utils",
+    "qemu-img": "qemu-utils", "veritysetup": "cryptsetup-bin",
 }  # fmt: skip
 _TERMINATE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1

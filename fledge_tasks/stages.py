@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fledge_tasks import agent, collector, fsutil, manifest, mappings, output, qcow2
+from fledge_tasks import agent, collector, fsutil, hash_tree, manifest, mappings, output, qcow2
 from fledge_tasks.assemble import Assembled
 from fledge_tasks.assemble import assemble as assemble_image
 from fledge_tasks.digest import Digest, sha256_bytes, sha256_file, short
@@ -28,7 +28,7 @@ from fledge_tasks.filesystems import backend, possible, skeleton
 from fledge_tasks.filesystems.options import OPTIONS
 from fledge_tasks.filesystems.parameters import Parameters
 from fledge_tasks.filesystems.sizing import MIB, Wanted
-from fledge_tasks.fresh import description, is_fetched
+from fledge_tasks.fresh import description, is_assembled, is_fetched
 from fledge_tasks.keys import Stage
 from fledge_tasks.oci import source
 from fledge_tasks.oci.layer import unpack as unpack_layer
@@ -342,13 +342,38 @@ def _publish_disk(plan: ImagePlan, put: Callable[..., Assembled]) -> tuple[Assem
     if plan.assemble.format is None:
         assembled = put(plan.output)
         return assembled, assembled.sha256
-    with fsutil.scratch_beside(plan.output) as folder:
-        raw, made = folder / "raw", folder / "qcow2"
+    with fsutil.replacing_by_programs(plan.output) as folder:
+        raw, made = folder / "raw", folder / plan.output.name
         assembled = put(raw, durable=False)
         qcow2.convert(raw, made, plan.assemble.compression)
         checksum = sha256_file(made)
-        fsutil.publish_file(made, plan.output)
     return assembled, checksum
+
+
+# --- verity ----------------------------------------------------------------------------------
+
+
+def make_hash_tree(planner: Planner, plan: ImagePlan) -> Values:
+    """Make the hash tree of the image file beside it."""
+    with output.writing(planner.store, plan.output):
+        image = is_assembled(plan)
+        if isinstance(image, str):
+            raise StoreError(f"{image} any more", where=str(plan.output), hint="run again")
+        record = plan.verity(image.raw_checksum)
+        if isinstance(output.look(plan.tree_output, record.key()), output.Written):
+            return HIT
+        started = time.monotonic()
+        with _writing(plan.tree_output):
+            with fsutil.replacing_by_programs(plan.tree_output) as folder:
+                raw, tree = plan.output, folder / plan.tree_output.name
+                if plan.assemble.format is not None:
+                    raw = folder / "raw"
+                    qcow2.expand(plan.output, raw)
+                root_hash = hash_tree.make(raw, tree, salt=record.salt, uuid=record.uuid)
+                checksum = sha256_file(tree)
+            seconds = time.monotonic() - started
+            made = output.remember(plan.tree_output, record.key(), checksum, seconds, root_hash=root_hash)
+    return {"bytes": made.size}
 
 
 # --- manifest --------------------------------------------------------------------------------
@@ -392,7 +417,7 @@ def write_manifest(planner: Planner, plan: ImagePlan) -> Values:
 
 def _remove_others(planner: Planner, plan: ImagePlan) -> None:
     """Remove what earlier builds made of the image in a form that is not asked for any more."""
-    for path in planner.workspace.outputs(plan.image) - {plan.output, plan.manifest_output}:
+    for path in planner.workspace.outputs(plan.image) - set(plan.published):
         fsutil.remove_stale(path)
         if output.key_of(path) is not None:
             output.remove(path)

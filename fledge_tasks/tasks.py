@@ -1,7 +1,7 @@
 """The doit graph of a workspace.
 
     build:<image> ─► manifest:<image> ─► assemble:<image> ─► mkfs:<image> ─► unpack:<layer> ─► fetch:<layer>
-                                                        └──────────────────► unpack:<layer>    resolve:<image>
+                 └► verity:<image> ─┘                   └──────────────────► unpack:<layer>    resolve:<image>
 
 The arrows behind assemble are doit's `setup` edges: what stands there is looked at only when the
 task before it has to run. Whether a task has to run is asked of the store and of the output files;
@@ -32,7 +32,7 @@ from fledge_tasks.plan import ImagePlan, Layer, Planner
 
 Values = dict[str, Any]
 
-STAGES = ("resolve", "fetch", "unpack", "mkfs", "assemble", "manifest")
+STAGES = ("resolve", "fetch", "unpack", "mkfs", "assemble", "verity", "manifest")
 DOIT_CONFIG = {"backend": "fledge-memory", "dep_file": ":none:", "default_tasks": ["build"], "verbosity": 0}
 _DOCS = {
     "resolve": "look up references and pin them in fledge.lock",
@@ -40,6 +40,7 @@ _DOCS = {
     "unpack": "turn blobs into payload and index",
     "mkfs": "make filesystems without their file data",
     "assemble": "put image files together",
+    "verity": "make hash trees for dm-verity",
     "manifest": "write manifests",
     "build": "build images: all of the above",
 }
@@ -148,9 +149,17 @@ class Graph:
             setup=[f"mkfs:{name}", *layers], task_dep=before,
             clean=[(_remove, [planner.workspace.output(image)])],
         )  # fmt: skip
+        described = [f"assemble:{name}"]
+        if image.output.verity:
+            described.append(f"verity:{name}")
+            yield self._task(
+                "verity", name, _verity, (planner, image), self._check(image, _is_hashed), missing,
+                setup=needs, task_dep=[f"assemble:{name}"],
+                clean=[(_remove, [planner.workspace.tree_output(image)])],
+            )  # fmt: skip
         yield self._task(
             "manifest", name, _manifest, (planner, image), self._check(image, _is_described), missing,
-            setup=needs, task_dep=[f"assemble:{name}"],
+            setup=needs, task_dep=described,
             clean=[(_remove, [planner.workspace.manifest_output(image)])],
         )  # fmt: skip
         yield Task(f"build:{name}", None, task_dep=[f"manifest:{name}"], subtask_of="build", doc=f"build {name}")
@@ -329,6 +338,12 @@ def _assemble(planner: Planner, image: ImageConfig) -> Values:
     return stages.assemble(planner, _plan(planner, image))
 
 
+def _verity(planner: Planner, image: ImageConfig) -> Values:
+    from fledge_tasks import stages
+
+    return stages.make_hash_tree(planner, _plan(planner, image))
+
+
 def _manifest(planner: Planner, image: ImageConfig) -> Values:
     from fledge_tasks import stages
 
@@ -346,6 +361,10 @@ def _remove(path: Path) -> StageFailed | None:
 
 def _is_assembled(plan: ImagePlan) -> bool:
     return isinstance(fresh.is_assembled(plan), output.Written)
+
+
+def _is_hashed(plan: ImagePlan) -> bool:
+    return isinstance(fresh.is_hashed(plan), output.Written)
 
 
 def _is_described(plan: ImagePlan) -> bool:

@@ -152,6 +152,8 @@ def _made(store: Store, planner: Planner, plan: ImagePlan, now: int) -> Made:
         "mkfs": [plan.mkfs.key()],
     }
     texts = {"assemble": plan.assemble.text()}
+    if plan.image.output.verity and isinstance(image := fresh.is_assembled(plan), output.Written):
+        texts["verity"] = plan.verity(image.raw_checksum).text()
     if not isinstance(record := fresh.description(plan), str):
         texts["manifest"] = record.text()
     return Made(
@@ -172,6 +174,8 @@ def _tasks(plan: ImagePlan) -> Iterator[tuple[str, Digest | None]]:
         yield f"unpack:{short(layer.ref.diff_id)}", layer.unpack_key
     yield f"mkfs:{name}", plan.mkfs.key()
     yield f"assemble:{name}", plan.assemble.key()
+    if plan.image.output.verity:
+        yield f"verity:{name}", None
     yield f"manifest:{name}", None
 
 

@@ -18,14 +18,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from fledge_tasks import qcow2
+from fledge_tasks import hash_tree, qcow2
 from fledge_tasks.digest import sha256_file
 from fledge_tasks.errors import CommandError, FilesystemError
 from fledge_tasks.filesystems import ext4, ext4_inode, ext4_read, mounted_read
 from fledge_tasks.filesystems.ext4_read import Found
 from fledge_tasks.filesystems.libext2fs import Extent
 from fledge_tasks.fsutil import opened
-from fledge_tasks.manifest import RAW_CHECKSUM
+from fledge_tasks.manifest import RAW_CHECKSUM, ROOT_HASH
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, Entry, Kind, Run, file_runs
 from fledge_tasks.run import run
 from fledge_tasks.tree import Inode
@@ -98,6 +98,21 @@ def check_raw(raw: Path, manifest: Path) -> Iterator[Difference]:
     checksum = label(manifest, RAW_CHECKSUM)
     if checksum is not None and checksum != (found := sha256_file(raw)):
         yield Difference("", f"the raw image's checksum is {found}, and should be {checksum}, says {manifest}")
+
+
+def check_tree(raw: Path, tree: Path, manifest: Path) -> Iterator[Difference]:
+    """Yield what does not fit between a raw image, its hash tree and the root hash in a manifest, if that has one.
+
+    Raises OSError, ToolError.
+    """
+    root_hash = label(manifest, ROOT_HASH)
+    if root_hash is None:
+        return
+    if not tree.is_file():
+        yield Difference("", f"there is no hash tree {tree}, and {manifest} has its root hash")
+        return
+    for problem in hash_tree.problems(raw, tree, root_hash):
+        yield Difference("", f"{tree.name}: {problem}")
 
 
 def label(manifest: Path, name: str) -> str | None:

@@ -18,6 +18,7 @@ LOCK_NAME = "fledge.lock"
 IMAGE_NAMES = {"raw": "rootfs.img", "qcow2": "rootfs.qcow2"}
 """The name of an image's disk by its format."""
 MANIFEST_NAME = "manifest.json"
+TREE_NAME = "rootfs.verity"
 
 _SKIPPED = frozenset({"node_modules"})
 _SAMPLE = """`fledge init --image nginx:alpine` writes one; by hand, the least is:
@@ -63,7 +64,11 @@ class Workspace(msgspec.Struct, frozen=True):
     def outputs(self, image: ImageConfig) -> set[Path]:
         """Return all that builds of the image may have published, in whatever form."""
         folder = self.build / image.name
-        return {folder / name for name in (*IMAGE_NAMES.values(), MANIFEST_NAME)}
+        return {folder / name for name in (*IMAGE_NAMES.values(), TREE_NAME, MANIFEST_NAME)}
+
+    def tree_output(self, image: ImageConfig) -> Path:
+        """Return where the hash tree of the image's disk is published, if there is to be one."""
+        return self.build / image.name / TREE_NAME
 
     def manifest_output(self, image: ImageConfig) -> Path:
         """Return where the image's manifest is published."""

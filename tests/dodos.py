@@ -21,7 +21,7 @@ from tests.tools import need
 BASE = [folder("bin"), Member("bin/app", b"\x7fELF" + bytes(20_000), mode=0o755)]
 MORE = [folder("etc"), Member("etc/motd", b"hello\n")]
 IMPORT = "from fledge_tasks.dodo import *\n"
-GROUPS = ("assemble", "build", "fetch", "manifest", "mkfs", "resolve", "unpack")
+GROUPS = ("assemble", "build", "fetch", "manifest", "mkfs", "resolve", "unpack", "verity")
 MODES: dict[str, tuple[str, ...]] = {
     "serial": (),
     "processes": ("-n", "4"),

@@ -115,6 +115,7 @@ ratio = 9
 [output]
 format = "qcow2"
 compression = "zstd"
+verity = true
 """ % ("AB" * 32)
     image = load(folder, content)
     assert image.name == "Web.1_x-y"
@@ -128,7 +129,7 @@ compression = "zstd"
     assert image.agent == Agent("http", url="https://example.org/kestrel", checksum="sha256:" + "ab" * 32)
     assert image.manifest == {"name": "Web.1_x-y", "labels": {"a": "b"}}
     assert image.limits == Limits(7, 8, 9)
-    assert image.output == Output("qcow2", "zstd")
+    assert image.output == Output("qcow2", "zstd", True)
 
 
 @pytest.mark.parametrize(
@@ -140,9 +141,10 @@ compression = "zstd"
             'format = "qcow2"\ncompression = "gzip"\nfmt = 1',
             [
                 'output.compression: found string "gzip", expected the string "zlib" or "zstd"',
-                "output.fmt: unknown key, allowed here: format, compression", "format",
+                "output.fmt: unknown key, allowed here: format, compression, verity", "format",
             ],
         ),
+        ("verity = 1", ["output.verity: found integer 1, expected true or false"]),
         ('compression = "zstd"', ['output.compression: found with a raw disk, expected format = "qcow2" beside it']),
         (
             'format = "raw"\ncompression = "zlib"',

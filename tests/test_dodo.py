@@ -96,7 +96,7 @@ def test_one_image(workspace: Workspace) -> None:
 
 
 def test_list_and_info(workspace: Workspace) -> None:
-    groups = ["assemble", "build", "fetch", "manifest", "mkfs", "resolve", "unpack"]
+    groups = ["assemble", "build", "fetch", "manifest", "mkfs", "resolve", "unpack", "verity"]
     assert [line.split()[0] for line in doit(workspace, "list")] == groups
     before = [line.split()[0] for line in doit(workspace, "list", "--all")]
     assert {"build:web", "mkfs:api", "resolve:web"} <= set(before)

@@ -157,7 +157,7 @@ def listed(run: Run) -> dict[str, str]:
 def test_list_of_a_new_workspace(place: DodoPlace) -> None:
     assert [line.split()[0] for line in place.doit("list").out.splitlines()] == list(GROUPS)
     expected = set(GROUPS) | {
-        f"{stage}:{name}" for stage in set(GROUPS) - {"fetch", "unpack"} for name in ("web", "api")
+        f"{stage}:{name}" for stage in set(GROUPS) - {"fetch", "unpack", "verity"} for name in ("web", "api")
     }
     assert listed(place.doit("list", "--all", "-s")) == dict.fromkeys(expected, "R")
     place.doit("list", "--all", "--deps", "-p", "-q")

@@ -107,6 +107,27 @@ def test_a_build_that_replaces_what_is_there(drill: Drill) -> None:
         assert one.build().stages("web") == []
 
 
+def test_a_build_that_publishes_another_form(drill: Drill) -> None:
+    """A qcow2 and a hash tree take the place of a raw disk."""
+    need("qemu-img", "veritysetup")
+    drill.build()
+    with (drill.root / "web" / "fledge.toml").open("a") as file:
+        file.write('[output]\nformat = "qcow2"\nverity = true\n')
+    source = drill.copy("source")
+    points = drill.points("build", "-j", "1")
+    names = points_of(WRITTEN, "raw", "rootfs.qcow2", "rootfs.verity", "manifest.json")
+    assert names < set(points)
+    results = [drill.output("web").with_name(name) for name in ("manifest.json", "rootfs.qcow2", "rootfs.verity")]
+    expected, clean = list(map(sha256_of, results[1:])), drill.settled()
+    assert clean["build"] == [".fledge.json", *(path.name for path in results)]
+    for one in crashes(source, points, ["build", "-j", "1"], set(points)):
+        one.build("-j", "1")
+        found = [one.root / path.relative_to(drill.root) for path in results]
+        assert list(map(sha256_of, found[1:])) == expected
+        assert one.settled() == clean
+        assert one.build("-j", "1").stages("web") == []
+
+
 def test_a_build_that_finds_damage(drill: Drill) -> None:
     drill.build()
     expected, clean = sha256_of(drill.output("web")), drill.settled()

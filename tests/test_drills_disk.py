@@ -55,11 +55,16 @@ def drill(tmp_path: Path) -> Drill:
     return with_web(tmp_path / "w", tmp_path)
 
 
-def test_a_disk_that_is_full_at_every_point(drill: Drill, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["rootfs.img", "rootfs.qcow2"])
+def test_a_disk_that_is_full_at_every_point(drill: Drill, tmp_path: Path, form: str) -> None:
     """Cache and results are on one disk, which has no room left from some point on."""
+    if form == "rootfs.qcow2":
+        need("qemu-img", "veritysetup")
+        with (drill.root / "web" / "fledge.toml").open("a") as file:
+            file.write('[output]\nformat = "qcow2"\nverity = true\n')
     source = drill.copy("source")
     points = drill.points("build", "-j", "1")
-    expected, clean = sha256_of(drill.output("web")), drill.settled()
+    expected, clean = sha256_of(drill.output("web").with_name(form)), drill.settled()
     failed = set()
     with mounted(tmp_path / "disk", 24) as disk:
         for name in dict.fromkeys(points):
@@ -72,15 +77,15 @@ def test_a_disk_that_is_full_at_every_point(drill: Drill, tmp_path: Path) -> Non
                 assert "no space left on the disk (0 MiB free)" in result.stderr, f"{name}: {result}"
                 assert "hint: make room" in result.stderr
             else:
-                assert sha256_of(one.output("web")) == expected, name
+                assert sha256_of(one.output("web").with_name(form)) == expected, name
             assert "Traceback" not in result.stderr, f"{name}: {result}"
             assert one.settled()["tmp"] == [], name
             assert list(one.root.rglob(".fledge-tmp-*")) == [], name
             (disk / "filler").unlink()
-            assert one.build().image("web")["sha256"] == expected == sha256_of(one.output("web")), name
+            assert one.build().image("web")["sha256"] == expected == sha256_of(one.output("web").with_name(form)), name
             assert one.settled() == clean, name
             shutil.rmtree(one.root)
-    for stage in ("publish config", "fledge.lock", "publish blob", "publish unpack", "publish mkfs", "rootfs.img"):
+    for stage in ("publish config", "fledge.lock", "publish blob", "publish unpack", "publish mkfs", form):
         assert any(name.startswith(stage) for name in failed), f"it was not too full for {stage}: {failed}"
 
 

@@ -70,6 +70,35 @@ def test_replacing_leaves_the_old_file_on_any_exception(tmp_path: Path, error: t
         os.fstat(opened[0])
 
 
+def test_what_programs_write_is_seen_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "build" / "target"
+    with fsutil.replacing_by_programs(target) as folder:
+        assert folder.parent == target.parent and list(folder.iterdir()) == []
+        (folder / "target").write_bytes(b"new")
+        (folder / "more").mkdir()
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+    stale = fsutil.temp_sibling(target)
+    stale.mkdir()
+    (stale / "raw").write_bytes(b"of one that crashed")
+    with fsutil.replacing_by_programs(target) as folder:
+        assert not stale.exists()
+        (folder / "target").write_bytes(b"newer")
+        assert content(target.parent) == {"target": b"new"}
+    assert content(target.parent) == {"target": b"newer"}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError, SystemExit])
+def test_programs_leave_the_old_file_on_any_exception(tmp_path: Path, error: type[BaseException]) -> None:
+    target = tmp_path / "target"
+    target.write_bytes(b"old")
+    with pytest.raises(error), fsutil.replacing_by_programs(target) as folder:  # noqa: PT012
+        (folder / "target").write_bytes(b"new")
+        raise error
+    with pytest.raises(FileNotFoundError), fsutil.replacing_by_programs(target):
+        pass  # nothing was written
+    assert [path.name for path in tmp_path.iterdir()] == ["target"] and target.read_bytes() == b"old"
+
+
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_replacing_leaves_the_old_file_when_the_system_fails(
     tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch

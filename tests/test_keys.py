@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fledge_tasks import keys
 from fledge_tasks.digest import is_digest, sha256_bytes
 from fledge_tasks.filesystem_settings import Filesystem
-from fledge_tasks.keys import Agent, Assemble, Blob, Config, Content, Customize, Manifest, Mkfs, Stage, Unpack
+from fledge_tasks.keys import Agent, Assemble, Blob, Config, Content, Customize, Manifest, Mkfs, Stage, Unpack, Verity
 from fledge_tasks.mappings import MappedFile
 
 CUSTOMIZE = Customize(
@@ -41,6 +41,9 @@ RECORDS: list[Stage] = [
     ),
     Assemble(
         filesystem="sha256:m", preallocate=False, format="qcow2", compression="zstd", tools=("qemu-utils 7.2.22",)
+    ),
+    Verity(
+        checksum="sha256:w", salt="0a", uuid="22222222-2222-5222-8222-222222222222", tools=("cryptsetup-bin 2.6.1",)
     ),
     Manifest(
         user="{}",
@@ -93,6 +96,12 @@ GOLDEN = {
         "format = \"qcow2\"",
         "preallocate = false",
         "tools[0] = \"qemu-utils 7.2.22\"",
+    ],
+    "verity": [
+        "checksum = \"sha256:w\"",
+        "salt = \"0a\"",
+        "tools[0] = \"cryptsetup-bin 2.6.1\"",
+        "uuid = \"22222222-2222-5222-8222-222222222222\"",
     ],
     "manifest": [
         "checksum = \"sha256:r\"",

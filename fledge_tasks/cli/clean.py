@@ -20,10 +20,10 @@ def clean(context: Context, names: tuple[str, ...], cache: bool) -> None:
         raise click.UsageError("--cache is about all images: leave out the names")
     workspace = context.load()
     for image in workspace.select(names):
-        wanted = [workspace.output(image), workspace.manifest_output(image)]
-        others = sorted(workspace.outputs(image) - set(wanted))
-        for path in (*wanted, *(other for other in others if output.key_of(other) is not None)):
-            if output.remove(path):
+        wanted = workspace.output(image), workspace.manifest_output(image)
+        for path in (*wanted, *sorted(workspace.outputs(image) - set(wanted))):
+            # Files of those names are ours; of the others those that a build has noted.
+            if (path in wanted or output.key_of(path) is not None) and output.remove(path):
                 click.echo(f"removed {path}")
     if cache:
         # Only what the store made: README and .gitignore in the folder are the user's.

@@ -12,7 +12,7 @@ import click
 from fledge_tasks import fsutil, workspace
 from fledge_tasks.cli.context import Context
 from fledge_tasks.errors import FledgeError, ImageNotFoundError
-from fledge_tasks.tools import E2FSCK, MKE2FS, QEMU, QEMU_IMG, SKOPEO, Tool
+from fledge_tasks.tools import E2FSCK, MKE2FS, QEMU, QEMU_IMG, SKOPEO, VERITYSETUP, Tool
 
 
 class _Check(NamedTuple):
@@ -50,6 +50,7 @@ def _checks(folder: Path) -> Iterator[_Check]:
     yield _tool(QEMU, "booting images")._replace(name="qemu")
     yield _kernel()
     yield _tool(QEMU_IMG, "qcow2 disks")
+    yield _tool(VERITYSETUP, "hash trees for dm-verity")
     yield _daemon()
     yield from _cache(folder)
 

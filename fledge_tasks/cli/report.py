@@ -117,5 +117,8 @@ def _tasks(image: ImageConfig, plan: ImagePlan | None) -> Iterator[tuple[str, st
         yield "unpack", f"unpack:{short(diff_id)}", layer.unpack_key
     yield "mkfs", f"mkfs:{image.name}", plan.mkfs.key() if plan else None
     yield "assemble", f"assemble:{image.name}", plan.assemble.key() if plan else None
+    if image.output.verity:
+        tree = fresh.is_hashed(plan) if plan else ""
+        yield "verity", f"verity:{image.name}", None if isinstance(tree, str) else tree.key
     record = fresh.description(plan) if plan else ""
     yield "manifest", f"manifest:{image.name}", None if isinstance(record, str) else record.key()

@@ -18,6 +18,7 @@ from fledge_tasks.cli.context import Context
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.errors import InputError
 from fledge_tasks.filesystems.possible import MAKERS
+from fledge_tasks.manifest import ROOT_HASH
 from fledge_tasks.output import key_of
 from fledge_tasks.plan import ImagePlan, Planner
 from fledge_tasks.verify import (
@@ -26,12 +27,13 @@ from fledge_tasks.verify import (
     check_manifest,
     check_raw,
     check_structure,
+    check_tree,
     compare_tree,
     label,
     raw_of,
     read_all,
 )
-from fledge_tasks.workspace import MANIFEST_NAME
+from fledge_tasks.workspace import MANIFEST_NAME, TREE_NAME
 
 _SHOWN = 100
 
@@ -103,6 +105,8 @@ def _verify_image(planner: Planner, image: ImageConfig) -> Verified:
     else:
         message = f"what goes in has changed since the image was made: run `fledge build {image.name}`"
         differences = [Difference("", message), *_look(file, manifest, kind, partial(read_all, kind=kind))]
+    if image.output.verity and label(manifest, ROOT_HASH) is None:
+        differences.append(Difference("", f"the manifest has no root hash: run `fledge build {image.name}`"))
     return Verified(image.name, str(file), is_current, differences)
 
 
@@ -114,6 +118,7 @@ def _look(file: Path, manifest: Path, kind: str, compare: Callable[[Path], Itera
     with raw_of(file) as raw:
         if raw != file:
             differences += check_raw(raw, manifest)
+        differences += check_tree(raw, file.with_name(TREE_NAME), manifest)
         return [*differences, *check_structure(raw, kind), *compare(raw)]
 
 
