@@ -159,6 +159,10 @@ class BootError(FledgeError):
     """An image cannot be booted here, or its guest came to nothing."""
 
 
+class ExportError(InputError):
+    """A virtual machine monitor cannot be given what was asked for."""
+
+
 class ArchiveError(FledgeError):
     """A file is not an archive of cache entries, or a damaged one."""
 

@@ -177,14 +177,14 @@ def replacing_by_programs(target: Path) -> Iterator[Path]:
     crash_point(f"{target.name}: folder synced")
 
 
-def write_atomic(target: Path, data: bytes) -> None:
+def write_atomic(target: Path, data: bytes, mode: int = 0o644) -> None:
     """Write a small file whole or not at all, making its folder. Raises OSError.
 
     The caller is the only writer of `target`; what its crashed writers left is deleted.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(target)
-    with replacing(target) as fd:
+    with replacing(target, mode) as fd:
         write_all(fd, data)
 
 

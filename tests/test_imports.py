@@ -26,7 +26,7 @@ FLOORS = (
     ("workspace", "output", "lock", "keys"),
     ("config",),
     ("starter", "filesystem_settings"),
-    ("assemble", "boot", "filesystems", "manifest", "mappings", "agent", "download", "qcow2", "hash_tree"),
+    ("assemble", "boot", "filesystems", "manifest", "mappings", "agent", "download", "qcow2", "hash_tree", "export"),
     ("tree",),
     ("archive",),
     ("oci",),

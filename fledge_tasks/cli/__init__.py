@@ -17,7 +17,9 @@ from fledge_tasks.cli.lazy import LazyGroup
 from fledge_tasks.errors import FledgeError
 from fledge_tasks.interrupt import Interrupted, interruptible
 
-COMMANDS = ("init", "build", "plan", "explain", "lock", "verify", "boot", "cache", "schema", "doctor", "clean")
+COMMANDS = (
+    "init", "build", "plan", "explain", "lock", "verify", "boot", "export", "cache", "schema", "doctor", "clean",
+)  # fmt: skip
 
 
 @click.group(

@@ -6,7 +6,7 @@ import shutil
 
 import click
 
-from fledge_tasks import output
+from fledge_tasks import export, output
 from fledge_tasks.cli.context import Context, names_argument
 
 
@@ -20,6 +20,10 @@ def clean(context: Context, names: tuple[str, ...], cache: bool) -> None:
         raise click.UsageError("--cache is about all images: leave out the names")
     workspace = context.load()
     for image in workspace.select(names):
+        # The folder of an image goes with the last file in it, so those of exports come first.
+        for path in export.written(workspace.output(image).parent):
+            if output.remove(path):
+                click.echo(f"removed {path}")
         wanted = workspace.output(image), workspace.manifest_output(image)
         for path in (*wanted, *sorted(workspace.outputs(image) - set(wanted))):
             # Files of those names are ours; of the others those that a build has noted.
