@@ -370,7 +370,7 @@ def test_a_job_gives_its_exit_code(place: Place, qemu: FakeQemu, code: int) -> N
 
 
 def test_a_job_that_takes_too_long(place: Place, qemu: FakeQemu) -> None:
-    built(place, "job", Cmd=["/bin/server"], ExposedPorts={"53/udp": {}})
+    built(place, "job", Cmd=["/bin/server"], ExposedPorts={"53/udp": {}, "9/sctp": {}, "0/tcp": {}})
     qemu.does("up(); time.sleep(100)")
     result = place.fledge("boot", "job", "--timeout", "1")
     assert result.code == 1

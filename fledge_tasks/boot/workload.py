@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from fledge_tasks.errors import BootError
+from fledge_tasks.manifest import lowest_tcp_port
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """What a workload without a PATH gets, as from Docker."""
@@ -84,8 +85,9 @@ def read(manifest: Mapping[str, Any], asked: Mapping[str, Any], oci_config: Mapp
 
 
 def _serves(asked: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
-    exposed = [port for port in run.get("ExposedPorts") or () if not port.endswith(("/udp", "/sctp"))]
-    return bool(exposed or "health_check" in asked or "base_url" in asked.get("workload", ()))
+    """Tell whether somebody named a port: the manifest has one in any case."""
+    is_exposed = lowest_tcp_port(run.get("ExposedPorts") or ()) is not None
+    return is_exposed or "health_check" in asked or "base_url" in asked.get("workload", ())
 
 
 def _check(manifest: Mapping[str, Any], asked: Mapping[str, Any]) -> Check:
