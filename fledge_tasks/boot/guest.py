@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from fledge_tasks import qcow2
 from fledge_tasks.boot import initramfs
 from fledge_tasks.boot.kernel import Kernel
 from fledge_tasks.boot.qemu import Hardware
@@ -47,6 +48,7 @@ def prepared(
             raise BootError("there is no such initramfs", where=str(initrd))
         yield Hardware(
             image=image,
+            disk_format="qcow2" if qcow2.is_qcow2(image) else "raw",
             kernel=kernel.image,
             initrd=place,
             words=words,

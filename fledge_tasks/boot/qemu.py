@@ -32,6 +32,7 @@ class Hardware:
     """
 
     image: Path
+    disk_format: str
     kernel: Path
     initrd: Path
     words: str
@@ -95,7 +96,8 @@ def command(hardware: Hardware, accelerator: str, port: int | None) -> list[str]
         "-m", str(hardware.memory_mb),
         "-kernel", str(hardware.kernel), "-initrd", str(hardware.initrd),
         "-append", f"console=ttyS0 reboot=t panic=-1 {hardware.words}",
-        "-drive", f"id=root,if=none,format=raw,snapshot=on,file={str(hardware.image).replace(',', ',,')}",
+        "-drive", ",".join(["id=root,if=none", f"format={hardware.disk_format}", "snapshot=on",
+                            f"file={str(hardware.image).replace(',', ',,')}"]),
         "-device", "virtio-blk-device,drive=root",
         "-netdev", network, "-device", "virtio-net-device,netdev=net",
         *(terminal if hardware.has_terminal else ["-chardev", "stdio,id=console,signal=off"]),
