@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.real.dockerd import Daemon
 from tests.real.images import Images, cache_folder
 from tests.real.reference import Reference, unpack_reference
 from tests.real.registry import Registry
@@ -67,6 +68,15 @@ def registry(scratch: Path) -> Iterator[Registry]:
     registry.start()
     yield registry
     registry.stop()
+
+
+@pytest.fixture(scope="session")
+def daemon(scratch: Path) -> Iterator[Daemon]:
+    """A Docker daemon, without images at first."""
+    need("dockerd", "docker")
+    daemon = Daemon(scratch / "docker")
+    yield daemon
+    daemon.stop()
 
 
 @pytest.fixture(scope="session")

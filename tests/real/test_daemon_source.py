@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-
 from tests.real.conftest import Built
 from tests.real.dockerd import Daemon
 from tests.real.images import Images
 from tests.real.registry import Registry
-from tests.tools import need
 from tests.workspaces import Workspace
-
-
-@pytest.fixture(scope="module")
-def daemon(scratch: Path) -> Iterator[Daemon]:
-    need("dockerd", "docker")
-    daemon = Daemon(scratch / "docker")
-    yield daemon
-    daemon.stop()
 
 
 def keys(built: dict[str, object], stage: str) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,18 +13,10 @@ from tests.real.conftest import Built
 from tests.real.dockerd import Daemon
 from tests.real.images import Images
 from tests.real.registry import Registry
-from tests.tools import PATH, need
+from tests.tools import PATH
 from tests.workspaces import Workspace
 
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def daemon(scratch: Path) -> Iterator[Daemon]:
-    need("dockerd", "docker")
-    daemon = Daemon(scratch / "docker-init")
-    yield daemon
-    daemon.stop()
 
 
 def begin(workspace: Workspace, image: str) -> None:
