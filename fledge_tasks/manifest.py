@@ -16,7 +16,7 @@ SCHEMA_URL = "https://raw.githubusercontent.com/volantvm/volant/main/docs/schema
 SCHEMA_VERSION = "1.0"
 RAW_CHECKSUM, ROOT_HASH, HASH_TREE = "fledge.raw_checksum", "fledge.verity_root_hash", "fledge.verity_hash_tree"
 """Labels: the checksum of the raw image that a disk of another format holds; for dm-verity, the root hash
-in hexadecimal digits, and the path of the hash tree."""
+in hexadecimal digits, and the path or URL of the hash tree."""
 
 CHECKSUM = matching(r"(sha256:)?[0-9A-Fa-f]{64}", 'a checksum: "sha256:" and 64 hexadecimal digits')
 NAME = matching(
@@ -194,8 +194,9 @@ def render(
 
     Tables are merged key by key, lists are replaced as a whole. `user` has passed `check`, and
     `oci_config` is the whole config document of the image, `rootfs` an absolute path. The URL is that
-    path, or with `url_prefix` where `<prefix>/<name>/<file>` is. `labels` are more of those that tell
-    what the disk holds. The same arguments give the same bytes, whatever the order of their keys.
+    path, or with `url_prefix` where `<prefix>/<name>/<file>` is; so is the hash tree in `labels`, which
+    are more of those that tell what the disk holds. The same arguments give the same bytes, whatever
+    the order of their keys.
 
     Raises SourceError naming the key of the OCI config that has a wrong type (null counts as absent),
     ManifestError when the user named another checksum than `checksum`.
@@ -203,6 +204,9 @@ def render(
     user = dict(user)
     prefix = user.pop("url_prefix", None)
     _check_checksum(user, checksum, name)
+    more = dict(labels or {})
+    if HASH_TREE in more:
+        more[HASH_TREE] = _url(Path(more[HASH_TREE]), name, prefix)
     derived: dict[str, object] = {
         "$schema": SCHEMA_URL,
         "schema_version": SCHEMA_VERSION,
@@ -217,7 +221,7 @@ def render(
         "workload": workload(oci_config, image),
         "health_check": HEALTH_CHECK,
         # The guest's agent reads the type and the device of its root from these, not from rootfs.format.
-        "labels": {"volant.rootfs_fstype": filesystem, "volant.rootfs_device": "vda", **(labels or {})},
+        "labels": {"volant.rootfs_fstype": filesystem, "volant.rootfs_device": "vda", **more},
     }
     merged = _merged(derived, user)
     merged["rootfs"] = {**merged["rootfs"], "checksum": checksum}
@@ -259,8 +263,8 @@ def normal_checksum(written: str) -> str:
     return "sha256:" + written.removeprefix("sha256:").lower()
 
 
-def _url(rootfs: Path, name: str, prefix: object) -> str:
-    return str(rootfs) if prefix is None else f"{str(prefix).rstrip('/')}/{name}/{rootfs.name}"
+def _url(file: Path, name: str, prefix: object) -> str:
+    return str(file) if prefix is None else f"{str(prefix).rstrip('/')}/{name}/{file.name}"
 
 
 def _run_config(oci_config: Mapping[str, object], image: str) -> dict[str, Any]:

@@ -100,6 +100,31 @@ def test_user_wins_key_by_key_and_lists_are_replaced() -> None:
     assert list(document)[-3:] == ["disks", "network", "labels"]
 
 
+@pytest.mark.parametrize(
+    ("user", "disk", "tree"),
+    [
+        ({}, "/ws/build/nginx/rootfs.qcow2", "/ws/build/nginx/rootfs.verity"),
+        ({"url_prefix": "https://h/v1/"}, "https://h/v1/nginx/rootfs.qcow2", "https://h/v1/nginx/rootfs.verity"),
+    ],
+)
+def test_the_hash_tree_is_where_the_disk_is(user: dict[str, object], disk: str, tree: str) -> None:
+    data = manifest.render(
+        user,
+        NGINX,
+        name="nginx",
+        image="nginx:alpine",
+        image_digest=DIGEST,
+        rootfs=Path("/ws/build/nginx/rootfs.qcow2"),
+        checksum=CHECKSUM,
+        filesystem="ext4",
+        disk_format="qcow2",
+        labels={manifest.HASH_TREE: "/ws/build/nginx/rootfs.verity"},
+    )
+    document = json.loads(data)
+    assert document["rootfs"] == {"url": disk, "checksum": CHECKSUM, "format": "qcow2"}
+    assert document["labels"]["fledge.verity_hash_tree"] == tree
+
+
 def test_the_order_of_keys_in_the_input_does_not_show() -> None:
     forth: dict[str, object] = {"version": "2", "labels": {"a": "1", "b": "2"}, "openapi": "/x"}
     back: dict[str, object] = {"openapi": "/x", "labels": {"b": "2", "a": "1"}, "version": "2"}
