@@ -9,7 +9,7 @@ import contextlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from fledge_tasks.errors import FilesystemError
@@ -19,14 +19,18 @@ from fledge_tasks.filesystems.libext2fs import Extent
 from fledge_tasks.fsutil import data_ranges
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, Kind
 
+_SHOWN_TWICE = {"xfs": {"trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT"}}
+"""Attributes that are shown to root beside the access control lists that they are."""
+
 _OPTIONS = {"xfs": "ro,norecovery,nouuid", "btrfs": "ro"}
 
 
 class MountedImage:
     """An image that is mounted. Inodes go by their numbers, and are found again by the first name that was seen."""
 
-    def __init__(self, root: int) -> None:
+    def __init__(self, root: int, hidden: Collection[str]) -> None:
         self._root = root
+        self._hidden = hidden
         self.root = os.fstat(root).st_ino
         self._paths = {self.root: b"."}
 
@@ -40,6 +44,7 @@ class MountedImage:
             xattrs = {
                 os.fsencode(name): os.getxattr(place, name, follow_symlinks=False)
                 for name in os.listxattr(place, follow_symlinks=False)
+                if name not in self._hidden
             }
             link = os.readlink(path, dir_fd=self._root) if kind is Kind.SYMLINK else b""
             extents = tuple(self._extents(path, status.st_size)) if kind is Kind.FILE else ()
@@ -98,6 +103,6 @@ def opened(image: Path, kind: str) -> Iterator[MountedImage]:
         with tempfile.TemporaryDirectory(prefix="fledge-") as at:
             loopmount.unshare_mounts()
             with loopmount.mounted(fd, kind, Path(at), _OPTIONS[kind], read_only=True) as mount:
-                yield MountedImage(mount.root)
+                yield MountedImage(mount.root, _SHOWN_TWICE.get(kind, ()))
     finally:
         os.close(fd)

@@ -22,6 +22,7 @@ from tests.real.compare import compare_trees
 from tests.real.images import Images
 from tests.real.reference import Reference
 from tests.real.registry import Registry
+from tests.test_ext4_images import ACL
 from tests.tools import PATH, as_nobody, need
 from tests.workspaces import Workspace, sha256_of
 
@@ -186,6 +187,7 @@ ODD = [
     Member("n" * 255, b"long"),
     Member("capable", b"c", mode=0o755, xattrs={"security.capability": bytes.fromhex("0100000200200000" + "00" * 12)}),
     Member("attributes", b"a", xattrs={"user.a": b"v" * 300, "trusted.b": b"\0\1"}),
+    Member("listed", b"l", mode=0o775, xattrs={"system.posix_acl_access": ACL}),
     symlink("link", "plain"), symlink("dangling", "x/" * 400),
     Member("null", type=b"3", mode=0o666, rdev=(1, 3)), Member("block", type=b"4", mode=0o660, rdev=(259, 70_000)),
     Member("fifo", type=b"6", mode=0o620),
