@@ -58,11 +58,17 @@ class Tool:
         """Return package and version, for keys. Raises ToolError as `version`."""
         return f"{package_of(self.name)} {self.version(index)}"
 
+    def numbers(self) -> tuple[int, ...]:
+        """Return its version as numbers, for comparing. Raises ToolError."""
+        return tuple(int(number) for number in re.findall(r"\d+", self.version())[:3])
+
 
 SKOPEO = Tool("skopeo", ("--version",))
 MKE2FS = Tool("mke2fs", ("-V",))
 E2FSCK = Tool("e2fsck", ("-V",))
 XFS_GROWFS = Tool("xfs_growfs", ("-V",))
+XFS_DB = Tool("xfs_db", ("-V",))
+XFS_REPAIR = Tool("xfs_repair", ("-V",))
 BTRFS = Tool("btrfs", ("--version",))
 BTRFSTUNE = Tool("btrfstune", ("--version",))
 MKFS_XFS = Tool("mkfs.xfs", ("-V",))

@@ -16,6 +16,7 @@ from fledge_tasks.filesystems.parameters import Filled, Parameters
 from fledge_tasks.filesystems.sizing import MIB, btrfs_bytes
 from fledge_tasks.oci.layer_index import BLOCK_BYTES
 from fledge_tasks.run import run
+from fledge_tasks.tools import MKFS_BTRFS
 from fledge_tasks.tree import Inode
 
 MIN_BYTES = OPTIONS["btrfs"].min_mb * MIB
@@ -31,20 +32,36 @@ def make(root: Inode, parameters: Parameters, payloads: Mapping[int, Path], imag
     again, and takes nine times as long.
     """
     kind = mounted.Type(
-        "btrfs", _mkfs, "max_inline=0,nodiscard", MIN_BYTES, True, btrfs_bytes, 0, _translate, _resize, _finish
+        "btrfs", mkfs, "max_inline=0,nodiscard", MIN_BYTES, True, btrfs_bytes, 0, _translate, _resize, _finish
     )
     return mounted.make(kind, root, parameters, payloads, image, scratch)
 
 
-def _mkfs(image: Path, parameters: Parameters) -> None:
-    # The UUID comes in _finish.
-    features = set(parameters.features)
-    chosen = [name if name in features else f"^{name}" for name in ("no-holes", "extref", "skinny-metadata")]
-    mixed = ["-M", "-n", str(BLOCK_BYTES)] if "mixed-bg" in features else []
-    tree = "free-space-tree" if "free-space-tree" in features else "^free-space-tree"
+def mkfs(
+    image: Path,
+    parameters: Parameters,
+    *more: str,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> None:
+    """Make a filesystem in a file of the image's size, which has no UUID of ours yet; `more` are options.
+
+    Raises ToolError, CommandError.
+    """
+    wanted = set(parameters.features)
+
+    def words(*names: str) -> str:
+        return ",".join(name if name in wanted else f"^{name}" for name in names)
+
+    # Before 6.3 not all features have a name; since 6.19 there is one by default that Linux 5.10 does not know.
+    if MKFS_BTRFS.numbers() < (6, 3):
+        features = ["-O", words("no-holes"), "-R", words("free-space-tree")]
+    else:
+        features = ["-O", words("no-holes", "free-space-tree", "block-group-tree")]
+    mixed = ["-M", "-n", str(BLOCK_BYTES)] if "mixed-bg" in wanted else []
     label = ["-L", parameters.label] if parameters.label else []
-    run(["mkfs.btrfs", "-q", "-f", "--nodiscard", "-s", str(BLOCK_BYTES), "-m", "single", "-d", "single",
-         "-O", ",".join(chosen), "-R", tree, *mixed, *label, image])  # fmt: skip
+    options = ["-q", "-f", "--nodiscard", "-s", str(BLOCK_BYTES), "-m", "single", "-d", "single"]
+    run(["mkfs.btrfs", *options, *features, *mixed, *label, *more, image], env=env, cwd=cwd)
 
 
 def _resize(mount: Mount, old: int, new: int) -> bool:
