@@ -10,7 +10,7 @@ DEMO_TOOLS := skopeo:skopeo mke2fs:e2fsprogs /var/lib/dpkg/info/busybox-static.l
 	qemu-system-x86_64:qemu-system-x86
 TEST_TOOLS := $(DEMO_TOOLS) umoci:umoci buildah:buildah mmdebstrap:mmdebstrap docker-registry:docker-registry \
 	dockerd:docker.io setpriv:util-linux zstd:zstd openssl:openssl faketime:faketime mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs \
-	qemu-img:qemu-utils veritysetup:cryptsetup-bin \
+	qemu-img:qemu-utils veritysetup:cryptsetup-bin newuidmap:uidmap \
 	/usr/share/keyrings/debian-archive-keyring.gpg:debian-archive-keyring
 
 # Where `fledge boot` looks for the kernel that it boots; `make kernel` unpacks Debian's there and installs nothing.

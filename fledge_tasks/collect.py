@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fledge_tasks import usage
+from fledge_tasks import usage, userns
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.digest import Digest, is_digest
 from fledge_tasks.errors import FledgeError, LockError, StoreError
@@ -168,7 +168,7 @@ def collect(
 def leave_only_content(store: Store) -> None:
     """Remove what a saved cache is better without: locks, leases, unfinished work. Nothing may be building."""
     for name in ("tmp", "locks", "leases"):
-        shutil.rmtree(store.root / name, ignore_errors=True)
+        userns.remove_tree(store.root / name)
 
 
 def _tidy(store: Store, now: float) -> None:

@@ -88,12 +88,11 @@ def temp_folder(parent: Path, name: str) -> Path:
     return folder
 
 
-def remove_stale_below(parent: Path, name: str) -> None:
-    """Delete what `temp_folder` made for `name`. The caller must be its only user now."""
+def stale_below(parent: Path, name: str) -> list[Path]:
+    """Return what `temp_folder` made for `name`. The caller must be its only user now, and may delete it."""
     with contextlib.suppress(FileNotFoundError):
-        for entry in os.scandir(parent):
-            if entry.name.startswith(f"{name}."):
-                remove_tree(Path(entry.path))
+        return [Path(entry.path) for entry in os.scandir(parent) if entry.name.startswith(f"{name}.")]
+    return []
 
 
 def move(source: Path, target: Path) -> None:

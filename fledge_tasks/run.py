@@ -25,10 +25,11 @@ from fledge_tasks.errors import CommandError, ToolError
 STDERR_TAIL_BYTES = 4096
 _PACKAGES = {
     "mke2fs": "e2fsprogs", "e2fsck": "e2fsprogs",
-    "mkfs.xfs": "xfsprogs", "xfs_growfs": "xfsprogs", "xfs_repair": "xfsprogs",
+    "mkfs.xfs": "xfsprogs", "xfs_growfs": "xfsprogs", "xfs_repair": "xfsprogs", "xfs_db": "xfsprogs",
     "mkfs.btrfs": "btrfs-progs", "btrfs": "btrfs-progs", "btrfstune": "btrfs-progs",
     "qemu-system-x86_64": "qemu-system-x86", "busybox": "busybox-static",
     "qemu-img": "qemu-utils", "veritysetup": "cryptsetup-bin",
+    "newuidmap": "uidmap", "newgidmap": "uidmap",
 }  # fmt: skip
 _TERMINATE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1

@@ -35,7 +35,7 @@ from typing import Any
 import filelock
 import msgspec
 
-from fledge_tasks import fsutil
+from fledge_tasks import fsutil, userns
 from fledge_tasks.digest import Digest, is_digest, sha256_bytes, short, xxh3_file
 from fledge_tasks.errors import StoreError
 from fledge_tasks.index import Index, signature
@@ -197,7 +197,7 @@ class Store:
             lock = filelock.FileLock(self.root / "locks" / _hex(key), thread_local=False)
             with lock:
                 fsutil.crash_point("locked")
-                fsutil.remove_stale_below(self.root / "tmp", _hex(key))
+                self._remove_unfinished(key)
                 yield
         except OSError as error:
             raise _explained(error, self.root) from None
@@ -213,7 +213,7 @@ class Store:
             yield False
             return
         try:
-            fsutil.remove_stale_below(self.root / "tmp", _hex(key))
+            self._remove_unfinished(key)
             yield True
         finally:
             lock.release()
@@ -243,7 +243,12 @@ class Store:
             yield folder
         finally:
             del self._started[folder]
-            shutil.rmtree(folder, ignore_errors=True)
+            userns.remove_tree(folder)
+
+    def _remove_unfinished(self, key: Digest) -> None:
+        """Delete what builders of a key that are gone left. The caller holds its lock."""
+        for folder in fsutil.stale_below(self.root / "tmp", _hex(key)):
+            userns.remove_tree(folder)
 
     def publish(
         self,

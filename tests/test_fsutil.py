@@ -163,9 +163,9 @@ def test_temp_folders(tmp_path: Path) -> None:
     folder = fsutil.temp_folder(tmp_path / "tmp", "key")
     other = fsutil.temp_folder(tmp_path / "tmp", "key2")
     (folder / "file").write_bytes(b"")
-    fsutil.remove_stale_below(tmp_path / "tmp", "key")
-    assert list((tmp_path / "tmp").iterdir()) == [other]
-    fsutil.remove_stale_below(tmp_path / "none", "key")
+    assert fsutil.stale_below(tmp_path / "tmp", "key") == [folder]
+    assert fsutil.stale_below(tmp_path / "tmp", "key2") == [other]
+    assert fsutil.stale_below(tmp_path / "none", "key") == []
 
 
 def test_set_aside_replaces_what_was_there(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ FLOORS = (
     ("archive",),
     ("oci",),
     ("store", "tools"),
+    ("userns",),
     ("index", "leases", "run", "progress"),
     ("fsutil", "digest", "errors", "interrupt", "notices", "shapes", "schema", "collector"),
     ("__init__",),

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import pytest
 
+from fledge_tasks import userns
 from fledge_tasks.boot import kernel
 from fledge_tasks.errors import BootError
 
@@ -47,6 +48,28 @@ def as_nobody() -> list[str]:
     if closed := [folder for folder in CHECKOUT.parents if not folder.stat().st_mode & 0o001]:
         _lacking(f"other users cannot enter {closed[0]}, where this checkout is: chmod o+x {closed[0]}")
     return ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--bounding-set=-all"]
+
+
+def as_subordinate(folder: Path, count: int = 65536, first: int = 100_000) -> list[str]:
+    """Return the prefix of a command that runs as nobody, to whom `count` subordinate ids are granted.
+
+    /etc has the files that grant them only for that command: they are in the empty `folder`, and an
+    overlay in a mount namespace shows them. Skips or fails the calling test like `as_nobody`.
+    """
+    need_root()
+    need("newuidmap", "newgidmap", "unshare", "setpriv")
+    as_nobody()
+    for name in ("subuid", "subgid"):
+        (folder / name).write_text(f"somebody:1:2\nnobody:{first}:{count}\n" if count else "")
+    overlay = 'mount -t overlay overlay -o "lowerdir=$0:/etc" /etc'
+    script = f'{overlay} && exec setpriv --reuid=65534 --regid=65534 --clear-groups "$@"'
+    return ["unshare", "--mount", "sh", "-c", script, str(folder)]
+
+
+def take_rights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process believe that it may not mount, and has no subordinate ids."""
+    monkeypatch.setattr(userns, "capabilities", lambda: 0)
+    monkeypatch.setattr(userns, "SUBUID", Path("/nothing/subuid"))
 
 
 def _lacking(reason: str) -> NoReturn:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-
 import click
 
-from fledge_tasks import export, output
+from fledge_tasks import export, output, userns
 from fledge_tasks.cli.context import Context, names_argument
 
 
@@ -32,6 +30,6 @@ def clean(context: Context, names: tuple[str, ...], cache: bool) -> None:
     if cache:
         # Only what the store made: README and .gitignore in the folder are the user's.
         for name in ("objects", "tmp", "locks", "leases", "aside", "index"):
-            shutil.rmtree(workspace.cache / name, ignore_errors=True)
+            userns.remove_tree(workspace.cache / name)
         (workspace.cache / "CACHEDIR.TAG").unlink(missing_ok=True)
         click.echo(f"removed the content of {workspace.cache}")
