@@ -97,6 +97,7 @@ errcode_t ext2fs_extent_open2(ext2_filsys, ext2_ino_t, void *, struct ext2_exten
 errcode_t ext2fs_extent_get(struct ext2_extent_handle *, int, struct ext2fs_extent *);
 void ext2fs_extent_free(struct ext2_extent_handle *);
 int ext2fs_get_library_version(const char **, const char **);
+unsigned int ext2fs_crc32c_le(unsigned int, const unsigned char *, size_t);
 void initialize_ext2_error_table(void);
 """
 
@@ -132,6 +133,12 @@ def _library() -> tuple[Any, Any]:
 def load() -> None:
     """Load the library into this process and all that fork from it: it takes its time. Raises ToolError."""
     _library()
+
+
+def crc32c(data: bytes | bytearray | memoryview) -> int:
+    """Return the CRC-32C (RFC 3720, B.4) of some bytes: that of b"123456789" is 0xe3069283. Raises ToolError."""
+    ffi, (library, _) = _library()
+    return int(library.ext2fs_crc32c_le(0xFFFFFFFF, ffi.from_buffer("unsigned char[]", data), len(data))) ^ 0xFFFFFFFF
 
 
 def version() -> str:
