@@ -42,6 +42,11 @@ class Filesystem(msgspec.Struct, frozen=True, omit_defaults=True):
     inode_ratio: int | None = None
     features: tuple[str, ...] = ()
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether features and block size are those of the type."""
+        return not self.features and self.block_size in {None, OPTIONS[self.type].block_sizes[-1]}
+
 
 def filesystem_of(table: dict[str, Any]) -> Filesystem:
     """Return a checked `[filesystem]`. A fixed size has no buffer but the one that is asked for."""

@@ -131,7 +131,7 @@ class Planner:
         self._lock_names: dict[str, str] = {}
         self._makers: dict[str, str] = {}
         self._tools: dict[Tool, str] = {}
-        self._obstacles: dict[str, FilesystemError | None] = {}
+        self._obstacles: dict[tuple[str, bool], FilesystemError | None] = {}
         self._plans: dict[str, tuple[LockedImage, LockedAgent | None, ImagePlan]] = {}
         self._identities: dict[str, str | FledgeError | None] = {}
         self._expanded: dict[str, tuple[list[MappedFile], dict[str, Path]]] = {}
@@ -291,10 +291,10 @@ class Planner:
 
     def _check_type(self, image: ImageConfig) -> None:
         """Raise FilesystemError when the image's filesystem would have to be made and cannot be made here."""
-        kind = image.filesystem.type
-        if kind not in self._obstacles:
-            self._obstacles[kind] = possible.obstacle(kind)
-        error = self._obstacles[kind]
+        asked = image.filesystem.type, image.filesystem.is_plain
+        if asked not in self._obstacles:
+            self._obstacles[asked] = possible.obstacle(asked[0], is_plain=asked[1])
+        error = self._obstacles[asked]
         if error is not None:
             plan = self.plan(image)
             if plan is None or self.store.find(plan.mkfs.key()) is None:

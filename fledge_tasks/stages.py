@@ -177,7 +177,7 @@ def mkfs(planner: Planner, plan: ImagePlan) -> Values:
             return HIT
         sources = sources_of(store, plan)
         root = merged(plan, sources)
-        possible.check(plan.mkfs.filesystem.type)
+        possible.check(plan.mkfs.filesystem.type, is_plain=plan.mkfs.filesystem.is_plain)
         with store.staging(key) as folder, store.staging(key) as scratch:
             image = scratch / "image"
             filled = backend(plan.mkfs.filesystem.type).make(

@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 
 from fledge_tasks.digest import is_digest, sha256_bytes, short
-from fledge_tasks.filesystems import possible
 from tests.layers import Member, archive, compress, folder
 from tests.layouts import Layout, Place
-from tests.tools import need
+from tests.tools import PATH, need, take_rights
 from tests.workspaces import Result, Workspace, processes_about, sha256_of
 
 BASE = [folder("bin"), Member("bin/app", b"\x7fELF" + bytes(20_000), mode=0o755)]
@@ -250,7 +249,7 @@ def test_a_bad_epoch(place: Place) -> None:
 def test_filesystems_that_cannot_be_made(place: Place, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     need(f"mkfs.{kind}")
     edit(place, 'type = "ext4"', f'type = "{kind}"')
-    monkeypatch.setattr(possible, "_is_capable", lambda: False)
+    take_rights(monkeypatch)
     refused(place, 1, f"{toml(place)}: filesystem.type: {kind} images can only be made by root", "choose ext4")
 
 
@@ -578,9 +577,10 @@ def test_doctor(place: Place, tmp_path: Path) -> None:
     need("skopeo")
     result = place.fledge("doctor")
     assert result.code == 0
-    lines = {line[9:].split()[0]: line for line in result.stdout.splitlines()}
-    tools = "skopeo mke2fs libext2fs e2fsck xfs btrfs qemu kernel qemu-img veritysetup docker cache reflinks"
-    assert set(tools.split()) == set(lines)
+    lines = {line[9:24].split("  ")[0].strip(): line for line in result.stdout.splitlines()}
+    types = {f"{kind} {way}" for kind in ("xfs", "btrfs") for way in ("as root", "rootless")}
+    tools = {"skopeo", "mke2fs", "libext2fs", "e2fsck", "qemu", "kernel", "qemu-img", "veritysetup", "docker daemon"}
+    assert {*tools, "cache", "reflinks", *types} == set(lines)
     assert re.match(r"ok\s+mke2fs\s+1\.\d+\.\d+: ext4", lines["mke2fs"])
     assert lines["cache"].endswith(str(place.root / "cache"))
     assert not (place.root / "cache").exists()
@@ -588,6 +588,24 @@ def test_doctor(place: Place, tmp_path: Path) -> None:
     poor = Workspace(place.root, place.home, env={"PATH": str(tmp_path / "bin")}).fledge("doctor")
     assert poor.code == 1
     assert re.search(r"MISSING\s+skopeo\s+skopeo is not installed .*apt-get install skopeo", poor.stdout)
+
+
+def test_doctor_knows_what_types_want(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, version in (("mkfs.xfs", "6.1.0"), ("mkfs.btrfs", "v6.11"), ("xfs_db", ""), ("xfs_repair", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {name} version {version}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "btrfs").symlink_to("mkfs.btrfs")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{PATH}")
+    take_rights(monkeypatch)
+    text = place.fledge("doctor").stdout
+    assert re.search(r"^no +xfs as root +can only be made by root: run as root$", text, re.MULTILINE)
+    assert re.search(r"^no +xfs rootless +mkfs.xfs 6.1.0 .*: install xfsprogs 7.2 or later$", text, re.MULTILINE)
+    assert re.search(r"^no +btrfs rootless +mkfs.btrfs 6.11 .*: install btrfs-progs 6.12 or later$", text, re.MULTILINE)
+    (tmp_path / "mkfs.btrfs").write_text("#!/bin/sh\necho mkfs.btrfs v7.3\n")
+    text = place.fledge("doctor").stdout
+    assert re.search(
+        r"^no +btrfs rootless +/nothing/subuid grants no subordinate ids to \w+: as root: usermod", text, re.M
+    )
 
 
 def test_version_and_help(program: Workspace) -> None:

@@ -21,7 +21,6 @@ from fledge_tasks.errors import (
     LockError,
     MappingError,
 )
-from fledge_tasks.filesystems import possible
 from fledge_tasks.oci import reference, source
 from fledge_tasks.oci.reference import Reference
 from fledge_tasks.plan import ImagePlan, Planner, source_date_epoch
@@ -29,7 +28,7 @@ from fledge_tasks.store import Store
 from fledge_tasks.tools import MKE2FS, Tool
 from tests.layers import Member, folder
 from tests.layouts import CREATED_SECONDS, Place
-from tests.tools import need
+from tests.tools import need, take_rights
 
 BASE = [folder("bin"), Member("bin/app", b"\x7fELF", mode=0o755)]
 MORE = [Member("more", b"more")]
@@ -236,13 +235,13 @@ def test_one_problem_is_raised_as_it_is(place: Place, monkeypatch: pytest.Monkey
     assert type(check(place)) is MappingError
     (place.root / "web" / "conf").write_text("")
     edit(place, '"ext4"', '"xfs"')
-    monkeypatch.setattr(possible, "_is_capable", lambda: False)
+    take_rights(monkeypatch)
     error = check(place)
     assert (type(error), error.exit_code) == (FilesystemError, 1)
 
 
 def test_several_problems_come_together(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(possible, "_is_capable", lambda: False)
+    take_rights(monkeypatch)
     edit(place, "oci:../layouts/web", "Web")
     place.add("api", "oci:../layouts/web", mappings={"gone": "/gone"})
     xfs = place.add("db", "oci:../layouts/web") / "fledge.toml"
@@ -267,7 +266,7 @@ def test_all_that_the_lock_misses_comes_together(place: Place) -> None:
 def test_what_is_made_already_need_not_be_possible(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     need("mkfs.btrfs")
     edit(place, '"ext4"', '"btrfs"')
-    monkeypatch.setattr(possible, "_is_capable", lambda: False)
+    take_rights(monkeypatch)
     assert "btrfs images can only be made by root" in str(check(place))
     found = planner(place)
     made = found.plan(found.workspace.images[0])

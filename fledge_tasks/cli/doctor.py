@@ -46,7 +46,7 @@ def _checks(folder: Path) -> Iterator[_Check]:
         yield _Check("libext2fs", False, str(error), is_needed=True)
     yield _tool(E2FSCK, "checking ext4 images")
     for kind in ("xfs", "btrfs"):
-        yield _type(kind)
+        yield from _type(kind)
     yield _tool(QEMU, "booting images")._replace(name="qemu")
     yield _kernel()
     yield _tool(QEMU_IMG, "qcow2 disks")
@@ -55,14 +55,20 @@ def _checks(folder: Path) -> Iterator[_Check]:
     yield from _cache(folder)
 
 
-def _type(kind: str) -> _Check:
+def _type(kind: str) -> Iterator[_Check]:
     from fledge_tasks.filesystems import possible
 
-    try:
-        possible.check(kind)
-        return _Check(kind, True, f"{possible.made_by(kind)}: {kind}, through a loop mount that nobody else sees")
-    except FledgeError as error:
-        return _Check(kind, False, str(error).replace("\n  hint:", ":"))
+    ways = (
+        ("as root", possible.obstacle_to_mounting(kind), "through a loop mount that nobody else sees"),
+        (
+            "rootless",
+            possible.obstacle_to_populating(kind),
+            "filled by mkfs from a folder, as root of a user namespace",
+        ),
+    )
+    for way, obstacle, how in ways:
+        text = f"{possible.made_by(kind)}: {how}" if obstacle is None else f"{obstacle.message}: {obstacle.hint}"
+        yield _Check(f"{kind} {way}", obstacle is None, text)
 
 
 def _tool(tool: Tool, purpose: str, *, is_needed: bool = False) -> _Check:

@@ -1,4 +1,4 @@
-"""Filesystem images without their file data, made from a merged tree: one module for each type."""
+"""Filesystem images without their file data, made from a merged tree: one module for each type, or two."""
 
 from __future__ import annotations
 
@@ -16,5 +16,8 @@ class Backend(Protocol):
 
 
 def backend(kind: str) -> Backend:
-    """Return the module of a type, imported when it is needed."""
-    return cast("Backend", importlib.import_module(f"fledge_tasks.filesystems.{kind}"))
+    """Return the module that makes a type here, imported when it is needed; `possible.check` comes first."""
+    from fledge_tasks.filesystems import possible
+
+    name = kind if possible.obstacle_to_mounting(kind) is None else f"{kind}_rootless"
+    return cast("Backend", importlib.import_module(f"fledge_tasks.filesystems.{name}"))
