@@ -36,8 +36,8 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tree").mkdir()
     for number in range(1500):
         (folder / "tree" / f"file{number:04d}").write_bytes(b"%04d" % number * 300)
-    for number in range(8):
-        (folder / "tree" / f"large{number}").write_bytes(os.urandom(10 * MIB))
+    for number in range(8):  # what is zero in them takes no room on the disk of this machine
+        (folder / "tree" / f"large{number}").write_bytes((os.urandom(4096) + bytes(MIB - 4096)) * 10)
     image = folder / "image"
     with image.open("wb") as file:
         file.truncate(400 * MIB)
@@ -48,9 +48,10 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def image(original: Path, tmp_path: Path) -> Path:
+def image(original: Path, tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["cp", "--sparse=always", original, tmp_path / "image"], check=True)
-    return tmp_path / "image"
+    yield tmp_path / "image"
+    (tmp_path / "image").unlink()
 
 
 @pytest.fixture
