@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,11 @@ Run = Callable[..., Any]
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A folder of nobody."""
-    folder = tmp_path / "place"
-    folder.mkdir()
-    os.chown(folder, 65534, 65534)
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
-    return folder
+def place() -> Iterator[Path]:
+    """A folder of nobody: pytest's own ones are closed to others."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chown(folder, 65534, 65534)
+        yield Path(folder)
 
 
 def command(grants: Path, code: str, *, count: int = 65536) -> list[str]:
