@@ -232,7 +232,8 @@ def test_what_xfs_cannot_hold_is_named(folder: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_left_of_a_killed_build(folder: Path, images: Images, registry: Registry, kind: str) -> None:
     place = Workspace(folder / "w", registry.home)
-    place.add("web", f"docker://{images.reference('web')}", buffer_mb=1)
+    # So much that Linux can shrink the btrfs in place: a tighter one is made twice, and slowly.
+    place.add("web", f"docker://{images.reference('web')}", buffer_mb=120)
     set_kind(place, "web", kind)
     process = subprocess.Popen(
         place.command("build", "-j", "1"), env=place.environment(), start_new_session=True,

@@ -31,7 +31,7 @@ def _tools() -> None:
 
 
 def _small_files() -> Iterator[Member]:
-    for number in range(8_000):
+    for number in range(3_000):
         yield Member(f"many/{number // 500}/{number}", b"%d\n" % number * (number % 90))
 
 
