@@ -11,6 +11,7 @@ DEMO_TOOLS := skopeo:skopeo mke2fs:e2fsprogs /var/lib/dpkg/info/busybox-static.l
 TEST_TOOLS := $(DEMO_TOOLS) umoci:umoci buildah:buildah mmdebstrap:mmdebstrap docker-registry:docker-registry \
 	dockerd:docker.io setpriv:util-linux zstd:zstd openssl:openssl faketime:faketime mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs \
 	qemu-img:qemu-utils veritysetup:cryptsetup-bin newuidmap:uidmap \
+	tar2sqfs:squashfs-tools-ng sqfstar:squashfs-tools mkfs.erofs:erofs-utils \
 	/usr/share/keyrings/debian-archive-keyring.gpg:debian-archive-keyring
 
 # Where `fledge boot` looks for the kernel that it boots; `make kernel` unpacks Debian's there and installs nothing.

@@ -129,18 +129,19 @@ class Planner:
         self.limits = _limits(workspace)
         self._references: dict[str, Reference] = {}
         self._lock_names: dict[str, str] = {}
-        self._makers: dict[str, str] = {}
+        self._makers: dict[tuple[str, str | None], str] = {}
         self._tools: dict[Tool, str] = {}
-        self._obstacles: dict[tuple[str, bool], FilesystemError | None] = {}
+        self._obstacles: dict[tuple[str, bool, str | None], FilesystemError | None] = {}
         self._plans: dict[str, tuple[LockedImage, LockedAgent | None, ImagePlan]] = {}
         self._identities: dict[str, str | FledgeError | None] = {}
         self._expanded: dict[str, tuple[list[MappedFile], dict[str, Path]]] = {}
 
-    def _maker(self, kind: str) -> str:
+    def _maker(self, kind: str, compression: str | None) -> str:
         """Return package and version of what makes a type of filesystem; asked once."""
-        if kind not in self._makers:
-            self._makers[kind] = possible.made_by(kind, self.store.index)
-        return self._makers[kind]
+        key = kind, compression
+        if key not in self._makers:
+            self._makers[key] = possible.made_by(kind, compression, self.store.index)
+        return self._makers[key]
 
     def _tool(self, tool: Tool) -> str:
         """Return package and version of a program; asked once. Raises ToolError."""
@@ -291,12 +292,16 @@ class Planner:
 
     def _check_type(self, image: ImageConfig) -> None:
         """Raise FilesystemError when the image's filesystem would have to be made and cannot be made here."""
-        asked = image.filesystem.type, image.filesystem.is_plain
+        filesystem, index = image.filesystem, self.store.index
+        asked = filesystem.type, filesystem.is_plain, filesystem.compression
         if asked not in self._obstacles:
-            self._obstacles[asked] = possible.obstacle(asked[0], is_plain=asked[1])
+            self._obstacles[asked] = possible.obstacle(asked[0], is_plain=asked[1], compression=asked[2], index=index)
         error = self._obstacles[asked]
         if error is not None:
-            plan = self.plan(image)
+            try:
+                plan = self.plan(image)
+            except (FilesystemError, ToolError):  # what is not here has no version, so there is no key to look for
+                plan = None
             if plan is None or self.store.find(plan.mkfs.key()) is None:
                 raise FilesystemError(error.message, where=f"{image.file}: filesystem.type", hint=error.hint)
 
@@ -357,7 +362,7 @@ class Planner:
             filesystem=image.filesystem,
             epoch=customize.epoch,
             uuid=image.filesystem.uuid or str(uuid.UUID(hex=content.key()[7 : 7 + 32], version=4)),
-            tools=(self._maker(image.filesystem.type),),
+            tools=(self._maker(image.filesystem.type, image.filesystem.compression),),
         )
         tools = _output_tools(image.output)
         return ImagePlan(

@@ -1,6 +1,6 @@
 """The only place that starts programs.
 
-Programs run in a session of their own, with stdin closed and a clean environment, so that no
+Programs run in a session of their own, with stdin empty, or fed by us, and a clean environment, so that no
 setting of the caller leaks into a result; what happens to us happens to them: when a signal or an
 exception ends the wait, the whole process group is ended too, and it does not outlive us.
 """
@@ -14,7 +14,8 @@ import shlex
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -30,6 +31,8 @@ _PACKAGES = {
     "qemu-system-x86_64": "qemu-system-x86", "busybox": "busybox-static",
     "qemu-img": "qemu-utils", "veritysetup": "cryptsetup-bin",
     "newuidmap": "uidmap", "newgidmap": "uidmap",
+    "tar2sqfs": "squashfs-tools-ng", "sqfstar": "squashfs-tools",
+    "mkfs.erofs": "erofs-utils", "fsck.erofs": "erofs-utils",
 }  # fmt: skip
 _TERMINATE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
@@ -62,8 +65,12 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     hint: str | None = None,
+    feed: Callable[[int], None] | None = None,
 ) -> bytes:
     """Run a program to its end and return what it wrote to stdout.
+
+    `feed` writes what the program reads to the descriptor of a pipe, in a thread of its own; what it raises
+    ends the program and is raised here. When the program ends before it has read all, its own failure counts.
 
     Raises ToolError when it is not there, CommandError when it exits with anything but 0; the
     message holds a line that runs the same command again and the end of its stderr. When this call
@@ -71,7 +78,7 @@ def run(
     """
     command = [str(argument) for argument in argv]
     with tempfile.TemporaryFile() as errors:
-        with _started(command, errors, env=env, cwd=cwd) as process:
+        with _started(command, errors, env=env, cwd=cwd, feed=feed) as process:
             output, _ = process.communicate()
         if process.returncode == 0:
             return output
@@ -140,16 +147,18 @@ def _started(
     cwd: Path | None = None,
     descriptors: Sequence[int] = (),
     has_our_stdin: bool = False,
+    feed: Callable[[int], None] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a program and yield it; any exception of the block ends it and its children."""
+    """Start a program and yield it; any exception of the block, or of `feed`, ends it and its children."""
     process: subprocess.Popen[bytes] | None = None
+    feeder: _Feeder | None = None
     try:
         # A signal between the fork and the note of it would leave a program that nobody ends. One that
         # was held is raised where the block ends, when the program is noted.
         with interrupt.held():
             process = subprocess.Popen(
                 command,
-                stdin=None if has_our_stdin else subprocess.DEVNULL,
+                stdin=None if has_our_stdin else subprocess.PIPE if feed else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=environment(env),
@@ -158,11 +167,15 @@ def _started(
                 start_new_session=True,
                 preexec_fn=_begin,  # noqa: PLW1509
             )
+            # Its thread takes no signals either: they must interrupt whoever waits.
+            feeder = _Feeder(process, feed) if feed else None
         with process.stdout or contextlib.nullcontext():
             yield process
     except BaseException as error:
         if process is not None:
             _end(process)
+            if feeder:
+                feeder.join()
             raise
         if isinstance(error, FileNotFoundError):
             raise ToolError(
@@ -172,6 +185,35 @@ def _started(
         if isinstance(error, PermissionError):
             raise ToolError(f"{command[0]} cannot be started: {error.strerror}") from None
         raise
+    if feeder and (failure := feeder.join()):
+        raise failure
+
+
+class _Feeder:
+    """A thread that writes what a program reads."""
+
+    def __init__(self, process: subprocess.Popen[bytes], feed: Callable[[int], None]) -> None:
+        assert process.stdin is not None
+        self._process, self._feed, self._stdin = process, feed, process.stdin
+        self._failure: BaseException | None = None
+        process.stdin = None  # closed here, and by nobody else
+        self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with self._stdin:
+                self._feed(self._stdin.fileno())
+        except BrokenPipeError:
+            pass  # the program has ended: its exit code says how
+        except BaseException as error:
+            self._failure = error
+            self._process.kill()
+
+    def join(self) -> BaseException | None:
+        """Wait for the end, which comes when the program's does, and return what was raised."""
+        self._thread.join()
+        return self._failure
 
 
 def package_of(program: str) -> str:

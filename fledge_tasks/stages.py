@@ -177,7 +177,8 @@ def mkfs(planner: Planner, plan: ImagePlan) -> Values:
             return HIT
         sources = sources_of(store, plan)
         root = merged(plan, sources)
-        possible.check(plan.mkfs.filesystem.type, is_plain=plan.mkfs.filesystem.is_plain)
+        asked = plan.mkfs.filesystem
+        possible.check(asked.type, is_plain=asked.is_plain, compression=asked.compression, index=store.index)
         with store.staging(key) as folder, store.staging(key) as scratch:
             image = scratch / "image"
             filled = backend(plan.mkfs.filesystem.type).make(
@@ -239,6 +240,8 @@ def _parameters(plan: ImagePlan) -> Parameters:
         features=tuple(OPTIONS[asked.type].features(asked.features)),
         label=asked.label,
         block_bytes=asked.block_size,
+        compression=asked.compression,
+        compression_level=asked.compression_level,
     )
 
 

@@ -30,7 +30,7 @@ image = {image}
 platform = {platform}
 
 [filesystem]
-type = "ext4"            # or xfs, btrfs: `fledge doctor` says what can be made here
+type = "ext4"            # or xfs, btrfs, squashfs, erofs: `fledge doctor` says what can be made here
 size_buffer_mb = 100     # free space in the finished filesystem
 preallocate = false      # true: no holes in the image file
 

@@ -579,6 +579,7 @@ def test_doctor(place: Place, tmp_path: Path) -> None:
     assert result.code == 0
     lines = {line[9:24].split("  ")[0].strip(): line for line in result.stdout.splitlines()}
     types = {f"{kind} {way}" for kind in ("xfs", "btrfs") for way in ("as root", "rootless")}
+    types |= {"squashfs", "erofs", "erofs lz4"}
     tools = {"skopeo", "mke2fs", "libext2fs", "e2fsck", "qemu", "kernel", "qemu-img", "veritysetup", "docker daemon"}
     assert {*tools, "cache", "reflinks", *types} == set(lines)
     assert re.match(r"ok\s+mke2fs\s+1\.\d+\.\d+: ext4", lines["mke2fs"])

@@ -242,7 +242,8 @@ resources = { cpu_cores = 1.0 }
         'web/fledge.toml: source.platform: found string "windows/amd64", '
         'expected a platform such as "linux/amd64" or "linux/arm/v7"',
         'web/fledge.toml: source.image: missing, expected an image reference such as "nginx:alpine"',
-        'web/fledge.toml: filesystem.type: found string "etx4", expected the string "ext4", "xfs" or "btrfs"',
+        'web/fledge.toml: filesystem.type: found string "etx4", '
+        'expected the string "ext4", "xfs", "btrfs", "squashfs" or "erofs"',
         '  hint: did you mean "ext4"?',
         "web/fledge.toml: filesystem.size_buffer_mb: found integer -1, expected an integer from 0 to 16777216",
         "web/fledge.toml: filesystem.preallocate: found integer 0, expected true or false",
@@ -284,7 +285,7 @@ def test_an_empty_file(folder: Path) -> None:
         ("100", "0x" + "f" * 5000, "filesystem.size_buffer_mb: found an integer beyond 64 bits, expected an integer"),
         ("100", "9" * 5000, "not valid TOML: Exceeds the limit"),
         ("100", "2020-01-01", "filesystem.size_buffer_mb: found a date or time, expected an integer"),
-        ('"ext4"', '"EXT4"', 'filesystem.type: found string "EXT4", expected the string "ext4", "xfs" or "btrfs"'),
+        ('"ext4"', '"EXT4"', 'filesystem.type: found string "EXT4", expected the string "ext4", "xfs", "btrfs", "squ'),
         ('"ext4"', "{}", "filesystem.type: found a table, expected the string"),
         ('"nginx:alpine"', '""', "source.image: found an empty string, expected an image reference"),
         ('"nginx:alpine"', '"a b"', 'source.image: found string "a b", expected an image reference'),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -435,6 +436,16 @@ def test_an_export(place: Place, programs: Path, name: str) -> None:
     assert "root=/dev/vda rw rootfstype=ext4" in found["arguments"]
     assert any(found["arguments"] in data.decode() for data in before.values())
     assert place.build().stages("web") == [], "nothing of that is the build's business"
+
+
+def test_read_only_types_are_mounted_read_only(place: Place) -> None:
+    file = place.root / "web" / "fledge.toml"
+    text = re.sub("^size_buffer_mb = .*\n", "", file.read_text(), flags=re.MULTILINE)
+    file.write_text(text.replace('type = "ext4"', 'type = "erofs"'))
+    place.build()
+    found = exported(place, "--for", "qemu")
+    assert found["disks"][0]["is_read_only"] is True
+    assert "root=/dev/vda ro rootfstype=erofs " in found["arguments"]
 
 
 def test_options(place: Place, tmp_path: Path, programs: Path) -> None:

@@ -13,6 +13,7 @@ from fledge_tasks.filesystem_settings import Filesystem, FilesystemType
 from fledge_tasks.filesystems.options import OPTIONS
 
 UUID = "0b0eeb0f-5b73-4ff1-9d6d-0f5b0d3f7a5c"
+WRITABLE = [kind for kind, options in OPTIONS.items() if not options.is_read_only]
 
 
 def load(folder: Path, settings: str) -> ImageConfig:
@@ -31,14 +32,14 @@ def problems(folder: Path, settings: str) -> list[str]:
     return [f"{problem}".removeprefix(prefix).lstrip(".") for problem in caught.value.problems]
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("kind", WRITABLE)
 def test_the_type_alone_gets_the_defaults_of_the_seed(tmp_path: Path, kind: FilesystemType) -> None:
     image = load(tmp_path, f'type = "{kind}"')
     assert image.filesystem == Filesystem(kind, 100)
     assert image.preallocate is False
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("kind", WRITABLE)
 def test_all_at_once(tmp_path: Path, kind: FilesystemType) -> None:
     words = OPTIONS[kind].feature_words()
     image = load(
@@ -50,6 +51,35 @@ def test_all_at_once(tmp_path: Path, kind: FilesystemType) -> None:
         kind, 7, shrink=True, label="root", uuid=UUID, block_size=4096, features=tuple(sorted(words))
     )
     assert image.preallocate is True
+
+
+@pytest.mark.parametrize(
+    ("settings", "compression", "level"),
+    [
+        ('type = "squashfs"', "zstd", 3),
+        ('type = "squashfs"\nsize_buffer_mb = 0\ncompression_level = 22', "zstd", 22),
+        ('type = "squashfs"\ncompression = "gzip"', "gzip", 6),
+        ('type = "squashfs"\ncompression = "xz"', "xz", None),
+        ('type = "squashfs"\ncompression = "none"', "none", None),
+        ('type = "erofs"', "none", None),
+        ('type = "erofs"\ncompression = "lz4"', "lz4", None),
+        ('type = "erofs"\ncompression = "lz4hc"\ncompression_level = 12', "lz4hc", 12),
+    ],
+)
+def test_read_only_types_have_a_compression_and_no_buffer(
+    tmp_path: Path, settings: str, compression: str, level: int | None
+) -> None:
+    found = load(tmp_path, settings).filesystem
+    assert (found.size_buffer_mb, found.compression, found.compression_level) == (0, compression, level)
+
+
+def test_all_of_a_read_only_type_at_once(tmp_path: Path) -> None:
+    more = f'preallocate = true\nlabel = "root"\nuuid = "{UUID}"\nblock_size = 4096\ncompression = "lz4"'
+    image = load(tmp_path, f'type = "erofs"\n{more}')
+    assert image.filesystem == Filesystem("erofs", 0, label="root", uuid=UUID, block_size=4096, compression="lz4")
+    assert image.preallocate is True
+    small = load(tmp_path, 'type = "squashfs"\nblock_size = 1048576\ncompression = "lz4"').filesystem
+    assert small == Filesystem("squashfs", 0, block_size=1 << 20, compression="lz4")
 
 
 def test_a_fixed_size_has_no_other_buffer_than_what_is_asked_for(tmp_path: Path) -> None:
@@ -86,6 +116,22 @@ def test_a_fixed_size_has_no_other_buffer_than_what_is_asked_for(tmp_path: Path)
          ': found "^finobt" in features, expected "^inobtcount" beside it, which counts what finobt holds'),
         ('type = "btrfs"\nfeatures = ["mixed-bg", "mixed-bg"]',
          "features: found an array, expected an array of different features"),
+        ('type = "squashfs"\nsize_buffer_mb = 100',
+         ": found a size_buffer_mb, expected none or 0: squashfs is read-only, and has no free space"),
+        ('type = "squashfs"\nblock_size = 2048', "block_size: found integer 2048, expected a block size of squashfs: "
+         "4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576"),
+        ('type = "erofs"\ncompression = "zstd"',
+         'compression: found string "zstd", expected the string "none", "lz4" or "lz4hc"'),
+        ('type = "erofs"\ncompression_level = 5',
+         ': found compression_level alone, expected compression = "lz4hc" beside it'),
+        ('type = "erofs"\ncompression = "lz4"\ncompression_level = 5',
+         ': found a compression_level that "lz4" does not have, expected no level'),
+        ('type = "erofs"\ncompression = "lz4hc"\ncompression_level = 13',
+         "compression_level: found integer 13, expected an integer from 1 to 12"),
+        ('type = "squashfs"\ncompression = "gzip"\ncompression_level = 10',
+         ': found a compression_level that "gzip" does not have, expected one from 1 to 9'),
+        ('type = "squashfs"\ncompression = "none"\ncompression_level = 1',
+         ': found a compression_level that "none" does not have, expected no level'),
     ],
 )  # fmt: skip
 def test_what_is_refused(tmp_path: Path, settings: str, expected: str) -> None:
@@ -95,6 +141,10 @@ def test_what_is_refused(tmp_path: Path, settings: str, expected: str) -> None:
 def test_a_key_of_another_type(tmp_path: Path) -> None:
     [found] = problems(tmp_path, 'type = "xfs"\ninode_ratio = 4096')
     assert found.startswith('inode_ratio: unknown key, allowed with type "xfs": type, size_buffer_mb, size_mb, ')
+    [found] = problems(tmp_path, 'type = "squashfs"\nuuid = "x"')
+    assert found.startswith('uuid: unknown key, allowed with type "squashfs": type, compression, compression_level, ')
+    [found] = problems(tmp_path, 'type = "ext4"\ncompression = "zstd"')
+    assert found.startswith('compression: unknown key, allowed with type "ext4": type, size_buffer_mb, ')
 
 
 def test_a_misspelt_feature(tmp_path: Path) -> None:
@@ -107,7 +157,7 @@ def test_without_a_type_its_own_mistake_is_told(tmp_path: Path) -> None:
     assert [each.partition(":")[0] for each in problems(tmp_path, settings)] == ["type"]
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("kind", WRITABLE)
 def test_features_have_one_order(kind: str) -> None:
     options = OPTIONS[kind]
     assert options.features(()) == list(options.default)

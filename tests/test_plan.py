@@ -279,6 +279,14 @@ def test_what_is_made_already_need_not_be_possible(place: Place, monkeypatch: py
     again.check(again.workspace.images)
 
 
+def test_a_type_whose_program_is_gone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(place, 'type = "ext4"\nsize_buffer_mb = 1\n', 'type = "squashfs"\n')
+    monkeypatch.setattr("fledge_tasks.tools.environment", lambda: {"PATH": "/nothing"})
+    error = check(place)
+    assert type(error) is FilesystemError
+    assert str(error).startswith(f"{place.root}/web/fledge.toml: filesystem.type: squashfs images need tar2sqfs, or ")
+
+
 def test_a_local_agent_that_is_missing(place: Place) -> None:
     edit(place, "[mappings]", '[agent]\nsource_strategy = "local"\npath = "kestrel"\n[mappings]')
     found = planner(place)

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from fledge_tasks import run as run_module
-from fledge_tasks.errors import CommandError, ToolError
+from fledge_tasks.errors import CommandError, FilesystemError, ToolError
+from fledge_tasks.fsutil import write_all
 from fledge_tasks.interrupt import Interrupted, interruptible
 from fledge_tasks.run import PASSED, STDERR_TAIL_BYTES, package_of, run, running
 
@@ -54,6 +55,8 @@ def test_package_names() -> None:
     assert package_of("btrfs") == package_of("btrfstune") == package_of("mkfs.btrfs") == "btrfs-progs"
     assert package_of("qemu-system-x86_64") == "qemu-system-x86"
     assert package_of("busybox") == "busybox-static"
+    assert package_of("tar2sqfs") == "squashfs-tools-ng" and package_of("sqfstar") == "squashfs-tools"
+    assert package_of("mkfs.erofs") == package_of("fsck.erofs") == "erofs-utils"
     assert package_of("skopeo") == "skopeo"
 
 
@@ -130,6 +133,28 @@ def test_working_folder(tmp_path: Path) -> None:
     assert run(["pwd"], cwd=tmp_path).decode().strip() == str(tmp_path.resolve())
 
 
+def test_what_a_program_reads_comes_from_us() -> None:
+    data = os.urandom(3_000_000)
+    assert run(["cat"], feed=lambda fd: write_all(fd, data)) == data
+
+
+def test_a_program_that_does_not_read_all_is_no_failure_of_ours() -> None:
+    assert run(["echo", "done"], feed=lambda fd: write_all(fd, bytes(3_000_000))) == b"done\n"
+    with pytest.raises(CommandError, match="sh exited with 3"):
+        run(["sh", "-c", "exit 3"], feed=lambda fd: write_all(fd, bytes(3_000_000)))
+
+
+def test_what_goes_wrong_while_writing_ends_the_program() -> None:
+    def feed(fd: int) -> None:
+        write_all(fd, b"begun")
+        raise FilesystemError("no more")
+
+    started = time.monotonic()
+    with pytest.raises(FilesystemError, match="no more"):
+        run(["sleep", "100"], feed=feed)
+    assert time.monotonic() - started < 50
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 10) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -148,13 +173,16 @@ def is_running(number: int) -> bool:
 
 
 CALLER = """
-    import signal, sys
+    import os, signal, sys
     from fledge_tasks import run
     run._TERMINATE_SECONDS = 0.5
     def end(*_):
         raise SystemExit(5)
     signal.signal(signal.SIGTERM, end)
-    run.run(["sh", "-c", sys.argv[1]])
+    def feed(fd):
+        while True:
+            os.write(fd, bytes(4096))
+    run.run(["sh", "-c", sys.argv[1]], feed=feed if "fed" in sys.argv else None)
 """
 
 
@@ -167,10 +195,14 @@ CALLER = """
     ],
     ids=["both end at once", "the child ignores SIGTERM", "the leader ignores SIGTERM"],
 )
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_call_ends_the_whole_group(tmp_path: Path, script: str, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "more"), [(signal.SIGTERM, []), (signal.SIGINT, []), (signal.SIGTERM, ["fed"])], ids=str
+)
+def test_an_interrupted_call_ends_the_whole_group(
+    tmp_path: Path, script: str, number: signal.Signals, more: list[str]
+) -> None:
     caller = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(CALLER), f"cd {shlex.quote(str(tmp_path))}; {script}"],
+        [sys.executable, "-c", textwrap.dedent(CALLER), f"cd {shlex.quote(str(tmp_path))}; {script}", *more],
         cwd=Path(__file__).parents[1],
         stderr=subprocess.DEVNULL,
         start_new_session=True,

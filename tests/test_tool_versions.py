@@ -79,6 +79,24 @@ def test_a_program_that_does_not_say_it(tmp_path: Path, body: str) -> None:
         TOOL.version()
 
 
+def test_a_version_in_an_error_message(tmp_path: Path) -> None:
+    program(tmp_path, "echo unknown option >&2; echo tool 1.5; exit 1")
+    assert Tool("tool", ("-V",), may_fail=True).version() == "1.5"
+    program(tmp_path, "echo unknown option >&2; exit 1")
+    with pytest.raises(ToolError, match="tool does not say its version: unknown option"):
+        Tool("tool", ("-V",), may_fail=True).version()
+
+
+def test_what_a_program_was_built_with(tmp_path: Path) -> None:
+    index = Index(tmp_path / "index")
+    tool = Tool("tool", ("--version",), ("--help",))
+    program(tmp_path, 'test $1 = --help && echo "-zstd: no; lz4hc, gzip (default)"')
+    assert [tool.offers(word, index) for word in ("gzip", "lz4hc", "lz4", "zstd")] == [True, True, False, False]
+    assert tool.offers("gzip", index) and runs(tmp_path) == 4
+    program(tmp_path, 'test $1 = --help && echo "lz4, another build"')
+    assert tool.offers("lz4", index) and not tool.offers("gzip", index)
+
+
 def test_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/local/bin:/usr/bin:/bin")  # a plain user's: mke2fs is found nevertheless
     need("skopeo", "mke2fs")

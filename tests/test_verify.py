@@ -15,24 +15,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fledge_tasks.filesystems import ext4_read
+from fledge_tasks.filesystems.comparison import Difference
 from fledge_tasks.oci.layer_index import Kind
-from fledge_tasks.tree import Inode, Layer, merge
-from fledge_tasks.verify import Difference, check_manifest, check_structure, compare_tree, read_all
+from fledge_tasks.tree import Inode
+from fledge_tasks.verify import check_manifest, check_structure, compare_tree, read_all
 from tests.layers import Member, folder, hardlink
 from tests.layouts import Place
 from tests.test_ext4_images import odd
 from tests.tools import need
-from tests.trees import EPOCH, EPOCH_NS, Built, Content, build, tool
+from tests.trees import EPOCH, Built, Content, build, tool, tree_of
 from tests.workspaces import sha256_of
 
 
 @pytest.fixture(autouse=True)
 def _tools() -> None:
     need("e2fsck", "debugfs", "mke2fs")
-
-
-def tree_of(*contents: Content) -> Inode:
-    return merge([Layer(f"layer {at}", content.entries) for at, content in enumerate(contents)], EPOCH_NS)
 
 
 def compared(image: Path, root: Inode, folder_: Path, count: int = 1) -> list[str]:
@@ -255,6 +252,15 @@ def contents(draw: st.DrawFn) -> Content:
             if kind is Kind.DIRECTORY:
                 folders.append(path)
             content.add(path, kind, **fields)
+    return content
+
+
+def settable(content: Content) -> Content:
+    """Change a layer so that Linux could set all of it: user.* of files and folders alone, no owners of -1."""
+    for entry in content.entries:
+        if entry.kind not in {Kind.FILE, Kind.DIRECTORY}:
+            entry.xattrs = {name: value for name, value in entry.xattrs.items() if not name.startswith(b"user.")}
+        entry.uid, entry.gid = min(entry.uid, (1 << 32) - 2), min(entry.gid, (1 << 32) - 2)
     return content
 
 

@@ -112,7 +112,8 @@ def test_problems_of_all_files_in_one_error(tmp_path: Path) -> None:
         workspace.load(tmp_path)
     hint = "  hint: give one of them another name in its [manifest] table"
     assert str(caught.value).splitlines() == [
-        'a/fledge.toml: filesystem.type: found string "ext5", expected the string "ext4", "xfs" or "btrfs"',
+        'a/fledge.toml: filesystem.type: found string "ext5", '
+        'expected the string "ext4", "xfs", "btrfs", "squashfs" or "erofs"',
         '  hint: did you mean "ext4"?',
         "b/c/fledge.toml: not valid TOML: Invalid value (at end of document)",
         "d/fledge.toml: not a regular file, expected a TOML file",

@@ -1,4 +1,4 @@
-"""Trees in memory with a payload, ext4 images made from them, and what other programs read in those."""
+"""Trees in memory with a payload, images made from them, and what other programs read in those."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from fledge_tasks.assemble import Assembled, assemble
-from fledge_tasks.filesystems import ext4, skeleton
+from fledge_tasks.filesystems import backend, ext4, skeleton
 from fledge_tasks.filesystems.options import OPTIONS
 from fledge_tasks.filesystems.parameters import Filled, Parameters
 from fledge_tasks.filesystems.sizing import Wanted
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, Entry, Kind, Run
-from fledge_tasks.tree import Layer, merge
+from fledge_tasks.tree import Inode, Layer, merge
 from tests.tools import PATH
 
 EPOCH = 1_700_000_000
@@ -79,18 +79,24 @@ def fill(folder: Path, entries: Sequence[Entry], parameters: Parameters = PARAME
         return ext4.make(root, parameters, {}, folder / "bare.img", Path(scratch))
 
 
-def build(folder: Path, *contents: Content, parameters: Parameters = PARAMETERS) -> Built:
+def tree_of(*contents: Content) -> Inode:
+    """Merge layers."""
+    return merge([Layer(f"layer {at}", content.entries) for at, content in enumerate(contents)], EPOCH_NS)
+
+
+def build(folder: Path, *contents: Content, parameters: Parameters = PARAMETERS, kind: str = "ext4") -> Built:
     """Make a whole image of layers."""
     folder.mkdir(exist_ok=True)
     root = merge(
         [Layer(f"layer {at}", content.entries) for at, content in enumerate(contents)], parameters.epoch * 10**9
     )
     bare, target = folder / "bare.img", folder / "rootfs.img"
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        filled = ext4.make(root, parameters, {}, bare, Path(scratch))
+    bare.unlink(missing_ok=True)
     payloads = {at: folder / f"payload{at}" for at in range(len(contents))}
     for at, content in enumerate(contents):
         payloads[at].write_bytes(content.payload)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        filled = backend(kind).make(root, parameters, payloads, bare, Path(scratch))
     image_map = skeleton.save(bare, filled.extents, folder / "skeleton", folder / "map")
     assembled = assemble(image_map, folder / "skeleton", payloads, target, preallocate=False, advance=lambda _: None)
     return Built(target, bare, folder / "skeleton", folder / "map", filled, assembled)
@@ -123,10 +129,10 @@ def debugfs(image: Path, commands: Sequence[bytes]) -> list[str]:
 
 
 @contextlib.contextmanager
-def mounted(image: Path) -> Iterator[Path]:
+def mounted(image: Path, kind: str = "ext4") -> Iterator[Path]:
     """Mount an image read-only. Needs root."""
     with tempfile.TemporaryDirectory() as folder:
-        tool("mount", "-t", "ext4", "-o", "ro,loop", image, folder)
+        tool("mount", "-t", kind, "-o", "ro,loop", image, folder)
         try:
             yield Path(folder)
         finally:

@@ -47,6 +47,9 @@ def _checks(folder: Path) -> Iterator[_Check]:
     yield _tool(E2FSCK, "checking ext4 images")
     for kind in ("xfs", "btrfs"):
         yield from _type(kind)
+    yield _read_only("squashfs", "squashfs", "zstd", "without root")
+    yield _read_only("erofs", "erofs", "none", "without root or any program")
+    yield _read_only("erofs lz4", "erofs", "lz4", "compressed, without root")
     yield _tool(QEMU, "booting images")._replace(name="qemu")
     yield _kernel()
     yield _tool(QEMU_IMG, "qcow2 disks")
@@ -69,6 +72,19 @@ def _type(kind: str) -> Iterator[_Check]:
     for way, obstacle, how in ways:
         text = f"{possible.made_by(kind)}: {how}" if obstacle is None else f"{obstacle.message}: {obstacle.hint}"
         yield _Check(f"{kind} {way}", obstacle is None, text)
+
+
+def _read_only(name: str, kind: str, compression: str, how: str) -> _Check:
+    from fledge_tasks.filesystems import possible, read_only
+
+    try:
+        possible.check(kind, compression=compression)
+        if read_only.check(kind, compression) is not None:
+            least = read_only.dotted(read_only.MIN_EROFS_TAR)
+            how = f"compressed, through a loop mount that nobody else sees; {least} needs no root"
+        return _Check(name, True, f"{possible.made_by(kind, compression)}: {how}")
+    except FledgeError as error:
+        return _Check(name, False, str(error).replace("\n  hint:", ":"))
 
 
 def _tool(tool: Tool, purpose: str, *, is_needed: bool = False) -> _Check:

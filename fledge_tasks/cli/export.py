@@ -98,7 +98,7 @@ def export(
         initrd=_absolute(initrd) if initrd else None,
         cpus=cpus or resources["cpu_cores"],
         memory_mib=memory or resources["memory_mb"],
-        is_read_only=read_only,
+        is_read_only=read_only or plan.mkfs.filesystem.is_read_only,
         verity=_verity(plan),
         init=init,
         more=append,

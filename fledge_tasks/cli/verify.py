@@ -17,12 +17,12 @@ from fledge_tasks import stages
 from fledge_tasks.cli.context import Context
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.errors import InputError
-from fledge_tasks.filesystems.possible import MAKERS
+from fledge_tasks.filesystems.comparison import Difference
+from fledge_tasks.filesystems.options import OPTIONS
 from fledge_tasks.manifest import ROOT_HASH
 from fledge_tasks.output import key_of
 from fledge_tasks.plan import ImagePlan, Planner
 from fledge_tasks.verify import (
-    Difference,
     check_disk,
     check_manifest,
     check_raw,
@@ -136,7 +136,7 @@ def _verify_file(context: Context, file: Path, manifest: Path) -> Verified:
 def _type_in(manifest: Path) -> str:
     """Return the type of filesystem that a manifest tells the guest, ext4 when it tells none that we know."""
     kind = label(manifest, "volant.rootfs_fstype")
-    return kind if kind in MAKERS else "ext4"
+    return kind if kind in OPTIONS else "ext4"
 
 
 def _named_in(context: Context, manifest: Path) -> tuple[Planner, ImagePlan] | None:

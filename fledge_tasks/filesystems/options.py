@@ -7,7 +7,8 @@ in no list. Sources: mke2fs(8), ext4(5), mkfs.xfs(8), mkfs.btrfs(8), btrfs(5), a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -17,12 +18,13 @@ class Options:
 
     label_bytes    the longest label, in bytes of UTF-8
     min_mb         the smallest image, in MiB
-    block_sizes    of which the last is the default; guests with pages of 4096 bytes mount no larger ones
+    block_sizes    of which the last is the default; guests with pages of 4096 bytes mount all of them
     default        features that an image has unless they are left out
     removable      those of them that may be left out
     addable        other features that may be added
     needs          a word of `feature_words`, another one that it needs, and why
     has_ratio      whether the number of inodes is fixed when the filesystem is made
+    compressions   of a read-only type, the default first: least, most and default level, None for no levels
     """
 
     label_bytes: int
@@ -33,6 +35,12 @@ class Options:
     addable: tuple[str, ...]
     needs: tuple[tuple[str, str, str], ...] = ()
     has_ratio: bool = False
+    compressions: Mapping[str, tuple[int, int, int] | None] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether there is nothing to be free in it."""
+        return bool(self.compressions)
 
     def feature_words(self) -> tuple[str, ...]:
         """Return all that `features` may hold."""
@@ -75,6 +83,26 @@ OPTIONS = {
         default=("extref", "skinny-metadata", "no-holes", "free-space-tree"),
         removable=("no-holes", "free-space-tree"),
         addable=("mixed-bg",),
+    ),
+    "squashfs": Options(
+        label_bytes=0,
+        min_mb=0,
+        block_sizes=(4096, 8192, 16384, 32768, 65536, 262_144, 524_288, 1_048_576, 131_072),
+        default=(),
+        removable=(),
+        addable=(),
+        compressions={
+            "zstd": (1, 22, 3), "gzip": (1, 9, 6), "lzo": (1, 9, 8), "xz": None, "lz4": None, "none": None,
+        },
+    ),
+    "erofs": Options(
+        label_bytes=15,
+        min_mb=0,
+        block_sizes=(4096,),
+        default=(),
+        removable=(),
+        addable=(),
+        compressions={"none": None, "lz4": None, "lz4hc": (1, 12, 9)},
     ),
 }  # fmt: skip
 """By type. mkfs.xfs makes nothing smaller since 5.19, mkfs.btrfs since 6.2."""

@@ -20,6 +20,7 @@ class Parameters:
 
     `uuid` and `hash_seed` are 16 bytes each; `epoch` is the time, in seconds, of all that has no
     time of its own; `features` are all that the filesystem has, `block_bytes` is None for the type's default.
+    Read-only types have a `compression`, 'none' or what their module knows, with its level if it has levels.
     """
 
     uuid: bytes
@@ -29,6 +30,8 @@ class Parameters:
     features: tuple[str, ...]
     label: str = ""
     block_bytes: int | None = None
+    compression: str | None = None
+    compression_level: int | None = None
 
     @property
     def own_time(self) -> int:

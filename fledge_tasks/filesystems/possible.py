@@ -1,7 +1,8 @@
 """Which types of filesystem can be made here, why not, and what to do about it.
 
-ext4 can be made by anybody. The others are filled by Linux in a loop mount, or, where this process may
-not mount, by mkfs from a folder. Nothing is tried out but whether there are user namespaces.
+ext4 can be made by anybody; what the read-only types need is told by `read_only`. The others are filled by
+Linux in a loop mount, or, where this process may not mount, by mkfs from a folder. Nothing is tried out but
+whether there are user namespaces.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from pathlib import Path
 
 from fledge_tasks import userns
 from fledge_tasks.errors import FilesystemError, ToolError
+from fledge_tasks.filesystems.options import OPTIONS
+from fledge_tasks.filesystems.read_only import check as check_read_only
+from fledge_tasks.filesystems.read_only import made_by as read_only_made_by
 from fledge_tasks.index import Index
 from fledge_tasks.run import package_of
 from fledge_tasks.tools import (
@@ -33,26 +37,40 @@ _WITH_MOUNT = {"xfs": (MKFS_XFS, XFS_GROWFS), "btrfs": (MKFS_BTRFS, BTRFS, BTRFS
 _WITHOUT_MOUNT = {"xfs": (MKFS_XFS, XFS_DB, XFS_REPAIR), "btrfs": (MKFS_BTRFS, BTRFS)}
 
 
-def made_by(kind: str, index: Index | None = None) -> str:
-    """Return package and version of what makes a type, for keys. Raises ToolError when it is not installed."""
+def made_by(kind: str, compression: str | None = None, index: Index | None = None) -> str:
+    """Return package and version of what makes a type, for keys. Raises ToolError when it is not installed.
+
+    A read-only type is asked about with a compression, here and below.
+    """
+    if OPTIONS[kind].is_read_only:
+        return read_only_made_by(kind, compression, index)
     package, tool = MAKERS[kind]
     return f"{package} {tool.version(index)}"
 
 
-def obstacle(kind: str, *, is_plain: bool = True) -> FilesystemError | None:
+def obstacle(
+    kind: str, *, is_plain: bool = True, compression: str | None = None, index: Index | None = None
+) -> FilesystemError | None:
     """Return what `check` raises, None if it raises nothing."""
     try:
-        check(kind, is_plain=is_plain)
+        check(kind, is_plain=is_plain, compression=compression, index=index)
     except FilesystemError as error:
         return error
     return None
 
 
-def check(kind: str, *, is_plain: bool = True) -> None:
+def check(kind: str, *, is_plain: bool = True, compression: str | None = None, index: Index | None = None) -> None:
     """Raise FilesystemError when images of a type cannot be made here, with the reason and a way out.
 
-    `is_plain` tells that features and block size are those of the type.
+    `is_plain` tells that features and block size are those of the type. Versions are remembered in `index`.
     """
+    if OPTIONS[kind].is_read_only:
+        other_way = check_read_only(kind, compression, index)
+        by_mount = _obstacle_to_loop_mount(kind) if other_way else None
+        if by_mount is not None:
+            message = f"compressed {kind} images {by_mount.message}"
+            raise FilesystemError(message, hint=f"{by_mount.hint}, or {other_way}")
+        return
     missing = _missing(MAKERS[kind][1])
     if missing is not None:
         raise FilesystemError(f"{kind} images {missing.message}", hint=missing.hint)
@@ -64,15 +82,19 @@ def check(kind: str, *, is_plain: bool = True) -> None:
 
 
 def obstacle_to_mounting(kind: str) -> FilesystemError | None:
-    """Return why a type cannot be made in a loop mount, None if it can or, as ext4, need not.
+    """Return why a type cannot be made in a loop mount, None if it can or, as ext4 and read-only types, need not.
 
     The message goes on after 'KIND images'.
     """
-    if kind == "ext4":
+    if kind == "ext4" or OPTIONS[kind].is_read_only:
         return None
+    return _obstacle_to_loop_mount(kind)
+
+
+def _obstacle_to_loop_mount(kind: str) -> FilesystemError | None:
     if not userns.capabilities() >> userns.CAP_SYS_ADMIN & 1:
         return FilesystemError("can only be made by root", hint="run as root")
-    for tool in _WITH_MOUNT[kind]:
+    for tool in _WITH_MOUNT.get(kind, ()):
         missing = _missing(tool)
         if missing is not None:
             return missing

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 
 from fledge_tasks.errors import FilesystemError
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, Kind, file_runs
-from fledge_tasks.tree import Inode, walk
+from fledge_tasks.tree import Inode, show, walk
 
 MIB = 1 << 20
 MIN_FREE_INODES = 10_000
 SPARE_BYTES, SPARE_SHARE = 16 * MIB, 20
 """At most 16 MiB, or this part of the image, is free beyond the buffer."""
+
+MAX_HOLE_BYTES = 64 << 30
+"""What all holes of a tree may come to where they are zeros: in erofs images, and for programs that read archives."""
 
 _BYTES_PER_FREE_INODE = 16_384
 _NAME_BYTES = 16  # what folders and lists of attributes hold beside a name
@@ -89,6 +92,25 @@ def measure(root: Inode) -> Content:
         elif entry.kind is Kind.SYMLINK:
             xattr_bytes += len(entry.link)
     return Content(blocks, inodes, name_bytes, xattr_bytes, runs)
+
+
+def check_holes(root: Inode, kind: str) -> None:
+    """Raise FilesystemError when the holes of a tree come to more than MAX_HOLE_BYTES."""
+    holes = 0
+    seen: set[int] = set()
+    for path, inode in walk(root):
+        if inode.entry.runs is None or id(inode) in seen:
+            continue
+        seen.add(id(inode))
+        blocks = -(-inode.entry.size // BLOCK_BYTES) - sum(run.count for run in inode.entry.runs)
+        holes += blocks * BLOCK_BYTES
+        if holes > MAX_HOLE_BYTES:
+            raise FilesystemError(
+                f"with its {inode.entry.size} bytes, holes come to more than the {MAX_HOLE_BYTES >> 30} GiB "
+                f"that {kind} images may have, since they are written out as zeros",
+                where=show(path),
+                hint="choose ext4, xfs or btrfs, which have holes, or make the file smaller",
+            )
 
 
 def xfs_bytes(content: Content) -> int:

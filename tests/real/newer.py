@@ -5,6 +5,7 @@ They are kept in the cache folder of the real images. `bin` holds a wrapper for 
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,17 +15,23 @@ from filelock import FileLock
 from tests.real.images import cache_folder
 from tests.tools import need
 
-SUITES = {"forky": ("xfsprogs", "btrfs-progs"), "trixie": ("btrfs-progs",)}
+SUITES = {
+    "forky": ("xfsprogs", "btrfs-progs"),
+    "trixie": ("btrfs-progs", "erofs-utils", "squashfs-tools", "squashfs-tools-ng"),
+}
 """The releases, and what is taken from them."""
 
-_PROGRAMS = ("mkfs.xfs", "xfs_db", "xfs_repair", "mkfs.btrfs", "btrfs")
+_PROGRAMS = (
+    "mkfs.xfs", "xfs_db", "xfs_repair", "mkfs.btrfs", "btrfs", "mkfs.erofs", "fsck.erofs", "sqfstar", "tar2sqfs",
+)  # fmt: skip
 
 
 def tools_of(suite: str) -> Path:
     """Return the folder with the tools of a release, fetched if they are not there yet."""
     need("mmdebstrap")
-    folder = cache_folder() / f"tools-{suite}"
-    with FileLock(cache_folder() / f"tools-{suite}.lock"):
+    wanted = hashlib.sha256(repr((SUITES[suite], _PROGRAMS)).encode()).hexdigest()
+    folder = cache_folder() / f"tools-{suite}-{wanted[:8]}"
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
         if not (folder / "bin").is_dir():
             shutil.rmtree(folder, ignore_errors=True)
             _fetch(suite, folder / "root")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fledge_tasks.filesystems import btrfs, xfs
+from fledge_tasks.filesystems import btrfs, options, xfs
 from tests.layers import Member, folder, symlink
 from tests.layouts import Layout
 from tests.real.compare import compare_trees
@@ -44,7 +44,10 @@ def _tools() -> None:
 
 def set_kind(place: Workspace, name: str, kind: str) -> None:
     file = place.root / name / "fledge.toml"
-    file.write_text(re.sub("^type = .*$", f'type = "{kind}"', file.read_text(), flags=re.MULTILINE))
+    text = re.sub("^type = .*$", f'type = "{kind}"', file.read_text(), flags=re.MULTILINE)
+    if options.OPTIONS[kind].is_read_only:
+        text = re.sub("^size_buffer_mb = .*\n", "", text, flags=re.MULTILINE)
+    file.write_text(text)
 
 
 @contextmanager

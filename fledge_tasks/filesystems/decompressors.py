@@ -1,0 +1,78 @@
+"""Blocks decompressed, each whole: what squashfs and EROFS images hold.
+
+LZ4 and LZO come from their C libraries, which every program that makes such images needs as well.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import lzma
+import zlib
+from collections.abc import Callable
+
+import zstandard
+
+from fledge_tasks.errors import FilesystemError
+
+
+def _gzip(data: bytes, limit: int) -> bytes:
+    try:
+        return zlib.decompressobj().decompress(data, limit)
+    except zlib.error as error:
+        raise _damaged(str(error)) from None
+
+
+def _xz(data: bytes, limit: int) -> bytes:
+    try:
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(data, limit)
+    except lzma.LZMAError as error:
+        raise _damaged(str(error)) from None
+
+
+def _zstd(data: bytes, limit: int) -> bytes:
+    try:
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=limit)
+    except zstandard.ZstdError as error:
+        raise _damaged(str(error)) from None
+
+
+def _lz4(data: bytes, limit: int) -> bytes:
+    """LZ4_decompress_safe (lz4.h): bytes written, negative for malformed input."""
+    target = ctypes.create_string_buffer(limit)
+    count = _library("liblz4.so.1", "liblz4-1").LZ4_decompress_safe(data, target, len(data), limit)
+    if count < 0:
+        raise _damaged("malformed LZ4")
+    return target.raw[:count]
+
+
+def _lzo(data: bytes, limit: int) -> bytes:
+    """lzo1x_decompress_safe (lzo/lzo1x.h): 0 when all is well."""
+    target, count = ctypes.create_string_buffer(limit), ctypes.c_size_t(limit)
+    length = ctypes.c_size_t(len(data))
+    library = _library("liblzo2.so.2", "liblzo2-2")
+    if library.lzo1x_decompress_safe(data, length, target, ctypes.byref(count), None):
+        raise _damaged("malformed LZO")
+    return target.raw[: count.value]
+
+
+DECOMPRESSORS: dict[str, Callable[[bytes, int], bytes]] = {
+    "gzip": _gzip, "xz": _xz, "zstd": _zstd, "lz4": _lz4, "lzo": _lzo,
+}  # fmt: skip
+"""By name what undoes a compression: takes a block, and what that may come to.
+
+Each raises FilesystemError for a block that is damaged, or when its library is not here.
+"""
+
+
+@functools.cache
+def _library(file: str, package: str) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(file)
+    except OSError:
+        hint = f"install it, for example: sudo apt-get install {package}"
+        raise FilesystemError(f"{file} is not installed", hint=hint) from None
+
+
+def _damaged(how: str) -> FilesystemError:
+    return FilesystemError(f"a block cannot be decompressed: {how}")
