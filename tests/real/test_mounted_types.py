@@ -139,12 +139,31 @@ def test_the_least_size_is_kept(folder: Path, kind: str) -> None:
     checked(place.output("small"), kind)
 
 
+def uuid_in(image: Path) -> str:
+    command = ["blkid", "-p", "-s", "UUID", "-o", "value", str(image)]
+    return subprocess.run(command, env={"PATH": PATH}, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_two_builds_have_in_common(folder: Path, kind: str) -> None:
+    """As ARCHITECTURE.md has it: UUID, content and times of files are the same, creation times are not."""
+    images = []
+    for name in ("one", "two"):
+        place = Workspace(folder / name, folder)
+        Layout(place.root / "layouts" / "small").write([Member("a", b"a" * 9000, mtime="1600000000.5")])
+        place.add("small", "oci:../layouts/small", buffer_mb=0)
+        set_kind(place, "small", kind)
+        place.build()
+        assert place.fledge("verify").code == 0
+        images.append(place.output("small"))
+    assert uuid_in(images[0]) == uuid_in(images[1])
+    assert sha256_of(images[0]) != sha256_of(images[1]), "then ARCHITECTURE.md can say better of it"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_uuid_is_that_of_the_content(place: Workspace, kind: str) -> None:
     def uuid() -> str:
-        command = ["blkid", "-p", "-s", "UUID", "-o", "value", str(place.output(kind))]
-        found = subprocess.run(command, env={"PATH": PATH}, capture_output=True, text=True, check=True)
-        return found.stdout.strip()
+        return uuid_in(place.output(kind))
 
     first = uuid()
     assert re.fullmatch("[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", first)
