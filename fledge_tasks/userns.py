@@ -10,25 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import pwd
 import re
 import shutil
 import signal
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import connection
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fledge_tasks import fsutil, interrupt
 from fledge_tasks.errors import CommandError, FilesystemError, FledgeError, ToolError
 from fledge_tasks.interrupt import Interrupted
 from fledge_tasks.run import run
+
+if TYPE_CHECKING:  # the store asks for this module, and a build that does nothing for no process
+    from multiprocessing import connection
 
 T = TypeVar("T")
 SUBUID, SUBGID = Path("/etc/subuid"), Path("/etc/subgid")
@@ -39,7 +39,6 @@ _CLONE_NEWUSER = 0x10000000
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 2.0
 _libc = ctypes.CDLL(None, use_errno=True)
-_fork = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
@@ -90,13 +89,16 @@ def call(function: Callable[[], T]) -> T:
     """
     if _is_needless():
         return function()
+    import multiprocessing
+
     ranges = _subordinate(SUBUID), _subordinate(SUBGID)
-    receiver, sender = _fork.Pipe(duplex=False)
-    waiting, go = _fork.Pipe(duplex=False)
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    waiting, go = fork.Pipe(duplex=False)
     # As in workers.py: nobody may lose the process, and it must not run our handlers.
     with interrupt.held(), warnings.catch_warnings(), sender, waiting:
         warnings.simplefilter("ignore", DeprecationWarning)
-        process = _fork.Process(target=_inside, args=(function, waiting, sender, (receiver, go), os.getpid()))
+        process = fork.Process(target=_inside, args=(function, waiting, sender, (receiver, go), os.getpid()))
         process.start()
     with receiver, go:
         try:
@@ -123,6 +125,8 @@ def remove_tree(path: Path) -> None:
 
 
 def _give_away() -> None:
+    import tempfile
+
     with tempfile.TemporaryFile() as file:
         os.fchown(file.fileno(), 1, 1)
 
