@@ -125,7 +125,7 @@ def replacing(target: Path, mode: int = 0o644, *, durable: bool = True) -> Itera
     """
     temp = temp_sibling(target)
     fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
+    with _published(temp, target, durable=durable):
         try:
             crash_point(f"{target.name}: created")
             yield fd
@@ -134,15 +134,6 @@ def replacing(target: Path, mode: int = 0o644, *, durable: bool = True) -> Itera
                 os.fsync(fd)
         finally:
             os.close(fd)
-        crash_point(f"{target.name}: synced")
-        os.rename(temp, target)
-        crash_point(f"{target.name}: renamed")
-    except BaseException:
-        temp.unlink(missing_ok=True)
-        raise
-    if durable:
-        sync_folder(target.parent)
-    crash_point(f"{target.name}: folder synced")
 
 
 @contextlib.contextmanager
@@ -156,7 +147,7 @@ def replacing_by_programs(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(target)
     folder, temp = temp_sibling(target), temp_sibling(target)
-    try:
+    with _published(temp, target):
         folder.mkdir()
         try:
             crash_point(f"{target.name}: created")
@@ -166,13 +157,21 @@ def replacing_by_programs(target: Path) -> Iterator[Path]:
             remove_tree(folder)
         crash_point(f"{target.name}: written")
         sync_file(temp)
+
+
+@contextlib.contextmanager
+def _published(temp: Path, target: Path, *, durable: bool = True) -> Iterator[None]:
+    """Give `temp`, which the block makes, the name `target`; without it when the block raises."""
+    try:
+        yield
         crash_point(f"{target.name}: synced")
         os.rename(temp, target)
         crash_point(f"{target.name}: renamed")
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
-    sync_folder(target.parent)
+    if durable:
+        sync_folder(target.parent)
     crash_point(f"{target.name}: folder synced")
 
 

@@ -31,6 +31,7 @@ from fledge_tasks.filesystems import (
 )
 from fledge_tasks.filesystems.comparison import Difference, FoundImage, shown
 from fledge_tasks.filesystems.ext4_read import Found
+from fledge_tasks.filesystems.options import OPTIONS
 from fledge_tasks.fsutil import opened
 from fledge_tasks.manifest import RAW_CHECKSUM, ROOT_HASH
 from fledge_tasks.oci.layer_index import Kind
@@ -173,7 +174,7 @@ def read_all(image: Path, kind: str = "ext4") -> Iterator[Difference]:
     """
     try:
         with _opened(image, kind) as found:
-            yield from _read_all(found, with_data=kind in _TIMES)
+            yield from _read_all(found, with_data=OPTIONS[kind].is_read_only)
     except FilesystemError as error:
         yield Difference("", str(error))
 

@@ -25,9 +25,10 @@ from pathlib import Path
 from fledge_tasks.boot.become import program
 from fledge_tasks.boot.workload import DEFAULT_PATH, Workload
 from fledge_tasks.errors import BootError, ToolError
+from fledge_tasks.filesystems.options import OPTIONS
 from fledge_tasks.run import environment, package_of
 
-READ_ONLY = frozenset({"squashfs", "erofs"})
+READ_ONLY = frozenset(kind for kind, options in OPTIONS.items() if options.is_read_only)
 """Types of filesystems that get an overlay in memory, so that the workload can write."""
 
 MODULES = ("virtio_mmio", "virtio_blk", "virtio_net")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from fledge_tasks.errors import FilesystemError
@@ -135,13 +135,17 @@ class Trees:
 
     def leaves(self, tree: int) -> Iterator[Node]:
         """Yield the leaves of a tree in order."""
+        return self._leaves(tree, Node.pointers)
+
+    def _leaves(self, tree: int, pointers: Callable[[Node], list[tuple[Key, int]]]) -> Iterator[Node]:
+        """Yield the leaves that the chosen pointers of nodes lead to, in order."""
         pending = [self._root(tree)]
         while pending:
             node = self._node(pending.pop())
             if node.is_leaf:
                 yield node
             else:
-                pending.extend(below for _, below in reversed(node.pointers()))
+                pending.extend(below for _, below in reversed(pointers(node)))
 
     def write(self, node: Node) -> None:
         """Write a changed node with its checksum."""
@@ -257,13 +261,7 @@ class Trees:
         return True
 
     def _leaves_between(self, tree: int, first: Key, end: Key) -> Iterator[Node]:
-        pending = [self._root(tree)]
-        while pending:
-            node = self._node(pending.pop())
-            if node.is_leaf:
-                yield node
-            else:
-                pending.extend(below for _, below in _between(node, first, end).values())
+        return self._leaves(tree, lambda node: list(_between(node, first, end).values()))
 
     def _remove(self, node: Node, first: Key, end: Key) -> Key:
         """Remove a range of items below a node, and return the node's first key."""
