@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from fledge_tasks.errors import FilesystemError
 from fledge_tasks.filesystems import sizing
-from fledge_tasks.filesystems.sizing import MIB, Content, Search, Wanted, ext4_layout
+from fledge_tasks.filesystems.sizing import MIB, Content, Search, Wanted, ext4_layout, fit
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, Entry, Kind, Run
 from fledge_tasks.tree import Layer, merge
 
@@ -116,3 +119,63 @@ def test_the_layout_of_ext4(
         assert small.least_blocks <= layout.least_blocks
     else:
         assert layout.inodes >= (layout.wanted_blocks * BLOCK_BYTES) // ratio
+
+
+class Model:
+    """A filesystem that keeps a tenth for itself, holds a tree of so many bytes, and may be resized."""
+
+    def __init__(self, used: int, *, can_resize: bool) -> None:
+        self._used = used
+        self._can_resize = can_resize
+        self.size = 0
+        self.fills = 0
+
+    def free(self) -> int:
+        return self.size - self.size // 10 - self._used
+
+    def empty(self, size: int) -> int:
+        self.size = size
+        return size - size // 10
+
+    def fill(self, search: Search, wanted: Wanted) -> tuple[int, int]:
+        self.fills += 1
+        if self.free() < 0:
+            return self.size, sizing.lacking_when_full(self.size)
+        lacking = wanted.buffer_bytes - self.free()
+        while self._can_resize and not search.fits(self.size, lacking):
+            size = search.next(self.size, lacking)
+            if size == self.size:
+                break
+            self.size = size
+            lacking = wanted.buffer_bytes - self.free()
+        return self.size, lacking
+
+
+@given(
+    st.integers(0, 2000).map(lambda mib: mib * MIB), st.integers(0, 4000 * MIB), st.integers(90, 200),
+    st.booleans(), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_an_image_is_made_that_fits(
+    buffer: int, used: int, percent: int, is_small: bool, can_resize: bool, has_room: bool
+) -> None:
+    model = Model(used, can_resize=can_resize)
+    estimate = max(used * percent // 100, used - 50 * MIB)
+    fit(model, "model", Wanted(buffer, shrink=is_small), 20 * MIB, estimate, has_room=has_room)
+    assert model.free() >= buffer
+    slack = MIB if is_small else max(16 * MIB, model.size // 20)
+    assert model.size == 20 * MIB or model.free() - buffer <= slack
+    assert model.fills <= 10
+
+
+@given(st.integers(0, 300), st.integers(1, 500 * MIB), st.booleans(), st.booleans())
+def test_the_figure_for_a_fixed_size_is_that_of_an_image_that_was_made(
+    buffer_mib: int, used: int, can_resize: bool, has_room: bool
+) -> None:
+    model = Model(used, can_resize=can_resize)
+    wanted = Wanted(buffer_mib * MIB, size_bytes=(buffer_mib + 1) * MIB)
+    assume((buffer_mib + 1) * MIB * 9 // 10 - used < buffer_mib * MIB)
+    with pytest.raises(FilesystemError, match=r"found \d+, and this image needs \d+ MiB") as caught:
+        fit(model, "model", wanted, MIB, used, has_room=has_room)
+    [figure] = re.findall(r"needs (\d+) MiB", caught.value.message)
+    assert model.size == int(figure) * MIB and model.free() >= buffer_mib * MIB
+    fit(Model(used, can_resize=can_resize), "model", Wanted(buffer_mib * MIB, size_bytes=model.size), MIB, used)

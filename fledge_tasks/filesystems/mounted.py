@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
 from pathlib import Path
 
-from fledge_tasks.errors import FilesystemError
 from fledge_tasks.filesystems import fill, loopmount, sizing
 from fledge_tasks.filesystems.fill import Place
 from fledge_tasks.filesystems.loopmount import Mount
@@ -69,19 +68,14 @@ def make(
     """
     loopmount.unshare_mounts()
     (scratch / "mnt").mkdir()
-    with opened(payloads) as sources:
-        maker = _Maker(kind, root, parameters, sources, image, scratch / "mnt")
-        wanted = parameters.wanted
-        filled = maker.make(wanted)
-        if filled is None and wanted.size_bytes is not None:
-            raise sizing.too_small(wanted, maker.least(wanted))
-    if filled is None:
-        raise FilesystemError(f"no {kind.name} filesystem has the size that is wanted: please report this")
-    return filled
+    with opened(payloads) as sources, closing(_Maker(kind, root, parameters, sources, image, scratch / "mnt")) as maker:
+        estimate = kind.estimate(maker.content)
+        sizing.fit(maker, kind.name, parameters.wanted, kind.min_bytes, estimate, has_room=kind.room)
+        return maker.finish()
 
 
 class _Maker:
-    """Makes images of one tree, each in place of the one before."""
+    """Makes images as `sizing.Maker` says. `content` is what the tree comes to."""
 
     def __init__(
         self, kind: Type, root: Inode, parameters: Parameters, sources: Mapping[int, int], image: Path, at: Path
@@ -92,117 +86,71 @@ class _Maker:
         self._sources = sources
         self._image = image
         self._at = at
-        self._content = sizing.measure(root)
-        self._needed = kind.estimate(self._content)
+        self._fd: int | None = None
+        self._size = 0
+        self.content = sizing.measure(root)
 
-    def make(self, wanted: Wanted) -> Filled | None:
-        """Make an image, or return None if there is none of a fixed size, or no size was found."""
-        kind = self._kind
-        needed = (self._needed + wanted.buffer_bytes) * (2 if kind.room else 1)
-        # What is known of filled images is one thing, what the estimate promises another.
-        search, rough = (Search(wanted, kind.min_bytes) for _ in range(2))
-        size = search.first(needed)
-        if kind.room:
-            size = max(size, sizing.whole_mib(needed))
-        for _ in range(_ATTEMPTS):
-            self._image.unlink(missing_ok=True)
-            fd = os.open(self._image, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                os.ftruncate(fd, size)
-                kind.make(self._image, self._parameters)
-                attempt = _Attempt(kind, fd, self._at, size, self._content.inodes)
-                # An empty filesystem is quick to make, so its own needs are found out with those.
-                lacking = needed - attempt.free_bytes()
-                if wanted.size_bytes is None and not rough.fits(size, lacking):
-                    size = rough.next(size, lacking)
-                    continue
-                if attempt.fill(self._root, self._sources) and attempt.settle(search, wanted):
-                    return self._finished(fd, attempt)
-            finally:
-                os.close(fd)
-            if wanted.size_bytes == size:
-                return None
-            # One that cannot be made small enough is made again without more room than it is to have.
-            needed += attempt.lacking
-            size = search.next(attempt.size, attempt.lacking)
-        return None
+    def close(self) -> None:
+        """Close the image that was made last."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
 
-    def least(self, wanted: Wanted) -> int:
-        """Return the size of the smallest image, which was made, for one of a fixed size that would not do."""
-        assert wanted.size_bytes is not None
-        if self.make(replace(wanted, size_bytes=None, shrink=True)) is None:
-            raise FilesystemError(f"no {self._kind.name} filesystem holds the tree: please report this")
-        size = max(self._image.stat().st_size, wanted.size_bytes + sizing.MIB)
-        while self.make(replace(wanted, size_bytes=size)) is None:
-            size = sizing.whole_mib(size + size // 64)
-        return size
-
-    def _finished(self, fd: int, attempt: _Attempt) -> Filled:
-        places, free_bytes, free_inodes = attempt.places(self._root)
-        self._kind.finish(self._image, self._parameters)
-        extents = list(_extents(fd, places, self._sources, self._kind.translate(self._image)))
-        return Filled(extents, free_bytes, free_inodes)
-
-
-class _Attempt:
-    """One image. `lacking` is by how many bytes it is too small or, negative, too large."""
-
-    def __init__(self, kind: Type, fd: int, at: Path, size: int, inodes: int) -> None:
-        self._kind = kind
-        self._fd = fd
-        self._at = at
-        self._spare_inodes = sizing.spare_inodes(inodes)
-        self.size = size
-        self.lacking = 0
-
-    def free_bytes(self) -> int:
-        """Return what is free in it."""
+    def empty(self, size: int) -> int:
+        self.close()
+        self._image.unlink(missing_ok=True)
+        self._fd = os.open(self._image, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._size = size
+        os.ftruncate(self._fd, size)
+        self._kind.make(self._image, self._parameters)
         with self._mounted() as mount:
             return mount.free_bytes()
 
-    def fill(self, root: Inode, sources: Mapping[int, int]) -> bool:
-        """Fill the image, or return False with a guess at what it lacks."""
+    def fill(self, search: Search, wanted: Wanted) -> tuple[int, int]:
+        """Fill the image, and bring its size in line as far as the type can be resized."""
         with self._mounted() as mount:
             try:
-                fill.fill(mount.root, root, sources)
+                fill.fill(mount.root, self._root, self._sources)
                 mount.sync()
             except fill.FullError:
-                self.lacking = max(self.size // 32, sizing.SPARE_BYTES // 2)
-                return False
-        return True
-
-    def settle(self, search: Search, wanted: Wanted) -> bool:
-        """Bring the size of the filled filesystem in line, as far as the type can be resized."""
+                return self._size, sizing.lacking_when_full(self._size)
         for _ in range(_ATTEMPTS):
-            self.lacking = self._lacking(wanted)
-            if search.fits(self.size, self.lacking):
-                return True
-            size = search.next(self.size, self.lacking)
+            lacking = self._lacking(wanted)
+            if search.fits(self._size, lacking):
+                break
+            size = search.next(self._size, lacking)
             with self._mounted() as mount:
-                if size == self.size or not self._kind.resize(mount, self.size, size):
-                    return self.lacking <= 0 and search.is_least(self.size)
-            os.ftruncate(self._fd, size)
-            self.size = size
-        return False
+                if size == self._size or not self._kind.resize(mount, self._size, size):
+                    break
+            os.ftruncate(self._opened(), size)
+            self._size = size
+        return self._size, lacking
 
     def _lacking(self, wanted: Wanted) -> int:
         # What was free may be taken at the end of the first mount, or given back at the next.
         with self._mounted() as mount:
             lacking = wanted.buffer_bytes - mount.free_bytes()
             if self._kind.inode_bytes:
-                inodes = self._spare_inodes - os.fstatvfs(mount.root).f_favail
+                inodes = sizing.spare_inodes(self.content.inodes) - os.fstatvfs(mount.root).f_favail
                 lacking = max(lacking, inodes * self._kind.inode_bytes)
             return lacking
 
-    def places(self, root: Inode) -> tuple[list[Place], int, int]:
-        """Return where file data lies, and the bytes and inodes that are free."""
+    def finish(self) -> Filled:
+        """Do what is left to do, and return what the image is."""
         with self._mounted() as mount:
             mount.trim()  # what was moved, or written only for a while, would be kept
             free = mount.free_bytes(), os.fstatvfs(mount.root).f_favail
-            return list(fill.places(mount.root, root)), *free
+            places = list(fill.places(mount.root, self._root))
+        self._kind.finish(self._image, self._parameters)
+        extents = list(_extents(self._opened(), places, self._sources, self._kind.translate(self._image)))
+        return Filled(extents, *free)
+
+    def _opened(self) -> int:
+        assert self._fd is not None
+        return self._fd
 
     def _mounted(self) -> AbstractContextManager[Mount]:
-        return loopmount.mounted(self._fd, self._kind.name, self._at, self._kind.options)
+        return loopmount.mounted(self._opened(), self._kind.name, self._at, self._kind.options)
 
 
 def _extents(

@@ -10,7 +10,9 @@ modelled: a size is tried, and what is free in it then tells the next one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from fledge_tasks.errors import FilesystemError
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, Kind, file_runs
@@ -18,6 +20,7 @@ from fledge_tasks.tree import Inode, show, walk
 
 MIB = 1 << 20
 MIN_FREE_INODES = 10_000
+_ATTEMPTS = 12
 SPARE_BYTES, SPARE_SHARE = 16 * MIB, 20
 """At most 16 MiB, or this part of the image, is free beyond the buffer."""
 
@@ -176,6 +179,78 @@ class Search:
         if self._wanted.size_bytes is not None:
             return self._wanted.size_bytes
         return max(self._min_bytes, self._too_small + MIB, whole_mib(size + lacking))
+
+
+def lacking_when_full(size: int) -> int:
+    """Return a guess at what an image of a size lacks whose tree did not fit."""
+    return max(size // 32, SPARE_BYTES // 2)
+
+
+class Maker(Protocol):
+    """Makes images of one tree, each in place of the one before."""
+
+    def empty(self, size: int) -> int:
+        """Make an empty image, and return the bytes that are free in it."""
+
+    def fill(self, search: Search, wanted: Wanted) -> tuple[int, int]:
+        """Fill the image that was made last, and return its size then, and what it lacks.
+
+        That is `lacking_when_full` if the tree did not fit.
+        """
+
+
+def fit(maker: Maker, kind: str, wanted: Wanted, min_bytes: int, estimate: int, *, has_room: bool = False) -> None:
+    """Have an image made that has what is wanted: the one that was made last.
+
+    `estimate` is what the tree takes; with `has_room` an image is filled with twice the room that it needs.
+    Raises FilesystemError when there is none, for a fixed size with one that was made and found to do.
+    """
+
+    def made(wanted: Wanted) -> int | None:
+        return _made(maker, wanted, min_bytes, estimate + wanted.buffer_bytes, has_room=has_room)
+
+    if made(wanted) is not None:
+        return
+    if wanted.size_bytes is None or (least := made(replace(wanted, size_bytes=None, shrink=True))) is None:
+        raise FilesystemError(f"no {kind} filesystem has the size that is wanted: please report this")
+    size = max(least, wanted.size_bytes + MIB)
+    while made(replace(wanted, size_bytes=size)) is None:
+        size = whole_mib(size + size // 64)
+    raise too_small(wanted, size)
+
+
+def _made(maker: Maker, wanted: Wanted, min_bytes: int, needed: int, *, has_room: bool) -> int | None:
+    """Return the size of an image that was made, None if there is none of a fixed size, or no size was found."""
+    search = Search(wanted, min_bytes)
+    needed *= 2 if has_room else 1
+    size = max(search.first(needed), whole_mib(needed) if has_room else 0)
+    for _ in range(_ATTEMPTS):
+        size = _made_empty(maker, wanted, copy.copy(search), needed, size)
+        filled, lacking = maker.fill(search, wanted)
+        if search.fits(filled, lacking) or (lacking <= 0 and search.is_least(filled)):
+            return filled
+        if wanted.size_bytes == size:
+            return None
+        # One that cannot be made small enough is made again without more room than it is to have.
+        needed += lacking
+        size = search.next(filled, lacking)
+    return None
+
+
+def _made_empty(maker: Maker, wanted: Wanted, rough: Search, needed: int, size: int) -> int:
+    """Make an empty image in which so much is free as the tree and the buffer are known to need; return its size.
+
+    It is quick to make, so what the filesystem needs for itself is found out with it. `rough` knows what is
+    known of filled images; what it learns here is nothing that holds for those.
+    """
+    for _ in range(_ATTEMPTS):
+        lacking = needed - maker.empty(size)
+        if wanted.size_bytes is not None or rough.fits(size, lacking) or (lacking <= 0 and rough.is_least(size)):
+            break
+        size = rough.next(size, lacking)
+    else:
+        maker.empty(size)
+    return size
 
 
 def too_small(wanted: Wanted, needed_bytes: int) -> FilesystemError:

@@ -12,7 +12,6 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from fledge_tasks.errors import CommandError, FilesystemError
@@ -24,7 +23,6 @@ from fledge_tasks.oci.layer_index import FILE_TYPES, Entry, Kind
 from fledge_tasks.run import run
 from fledge_tasks.tree import Inode, show, walk
 
-_ATTEMPTS = 6
 _MAX_TARGET_BYTES = 1023  # XFS_SYMLINK_MAXLEN is 1024, and 6.17 to 7.0 counted the zero at its end
 _MAX_MAJOR, _MAX_MINOR = 0x1FF, 0x3FFFF  # xfs_vn_mknod
 _TELLABLE = re.compile(rb"[\w.,:+=@%~\x80-\xff][\w.,:+=@%~\x80-\xff-]*")
@@ -68,71 +66,44 @@ def _is_taken(name: bytes, value: bytes) -> bool:
 
 def _populate(image: Path, root: Inode, parameters: Parameters, scratch: Path) -> tuple[int, int]:
     maker = _Maker(image, root, parameters, scratch)
-    wanted = parameters.wanted
-    free = maker.make(wanted)
-    if free is None and wanted.size_bytes is not None:
-        raise sizing.too_small(wanted, maker.least(wanted))
-    if free is None:
-        raise FilesystemError("no xfs filesystem has the size that is wanted: please report this")
-    return free
+    sizing.fit(maker, "xfs", parameters.wanted, xfs.MIN_BYTES, sizing.xfs_bytes(maker.content))
+    return _free(image)
 
 
 class _Maker:
-    """Makes images of one tree, each in place of the one before, as that of `mounted` does."""
+    """Makes images as `sizing.Maker` says. `content` is what the tree comes to."""
 
     def __init__(self, image: Path, root: Inode, parameters: Parameters, scratch: Path) -> None:
         self._image = image
         self._root = root
         self._parameters = parameters
         self._scratch = scratch
-        self._content = sizing.measure(root)
-        self._env = {"SOURCE_DATE_EPOCH": str(parameters.epoch), "DETERMINISTIC_SEED": "1"}
+        self._size = 0
+        self.content = sizing.measure(root)
 
-    def make(self, wanted: Wanted) -> tuple[int, int] | None:
-        """Make an image and return what is free in it, None if there is none of a fixed size, or no size was found."""
-        needed = sizing.xfs_bytes(self._content) + wanted.buffer_bytes
-        search, rough = (Search(wanted, xfs.MIN_BYTES) for _ in range(2))
-        size = search.first(needed)
-        for _ in range(_ATTEMPTS):
-            if wanted.size_bytes is None:
-                # What an empty one has free tells what the filesystem needs for itself.
-                self._mkfs(size)
-                lacking = needed - _free(self._image)[0]
-                if not rough.fits(size, lacking):
-                    size = rough.next(size, lacking)
-                    continue
-            lacking = self._fill(size, wanted)
-            if search.fits(size, lacking) or (lacking <= 0 and search.is_least(size)):
-                return _free(self._image)
-            if wanted.size_bytes is not None:
-                return None
-            needed += lacking
-            size = search.next(size, lacking)
-        return None
+    def empty(self, size: int) -> int:
+        self._size = size
+        self._mkfs()
+        return _free(self._image)[0]
 
-    def least(self, wanted: Wanted) -> int:
-        """Return the size of the smallest image, which was made, for one of a fixed size that would not do."""
-        assert wanted.size_bytes is not None
-        if self.make(replace(wanted, size_bytes=None, shrink=True)) is None:
-            raise FilesystemError("no xfs filesystem holds the tree: please report this")
-        return self._image.stat().st_size
-
-    def _fill(self, size: int, wanted: Wanted) -> int:
-        """Make an image with the tree in it, and return what it lacks; that is a guess when the tree did not fit."""
+    def fill(self, search: Search, wanted: Wanted) -> tuple[int, int]:
+        """Make an image with the tree in it: no other one can get it."""
+        del search  # mkfs cannot change a size
+        env = {"SOURCE_DATE_EPOCH": str(self._parameters.epoch), "DETERMINISTIC_SEED": "1"}
         try:
-            self._mkfs(size, "-p", rootless.FOLDER, env=self._env, cwd=self._scratch)
+            self._mkfs("-p", rootless.FOLDER, env=env, cwd=self._scratch)
         except CommandError as error:
             if os.strerror(errno.ENOSPC) not in error.stderr:
                 raise
-            return max(size // 32, sizing.SPARE_BYTES // 2)
-        _complete(self._image, self._root, self._scratch, self._env)
+            return self._size, sizing.lacking_when_full(self._size)
+        _complete(self._image, self._root, self._scratch, env)
         free_bytes, free_inodes = _free(self._image)
-        inodes = sizing.spare_inodes(self._content.inodes) - free_inodes
-        return max(wanted.buffer_bytes - free_bytes, inodes * sizing.XFS_INODE_BYTES)
+        inodes = sizing.spare_inodes(self.content.inodes) - free_inodes
+        return self._size, max(wanted.buffer_bytes - free_bytes, inodes * sizing.XFS_INODE_BYTES)
 
-    def _mkfs(self, size: int, *more: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
+    def _mkfs(self, *more: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
         os.truncate(self._image, 0)
-        os.truncate(self._image, size)
+        os.truncate(self._image, self._size)
         xfs.mkfs(self._image, self._parameters, *more, env=env, cwd=cwd)
 
 
