@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import shutil
@@ -18,8 +19,8 @@ from fledge_tasks.filesystems import erofs, erofs_read, erofs_write
 from fledge_tasks.filesystems.parameters import Parameters
 from fledge_tasks.filesystems.sizing import Wanted
 from fledge_tasks.oci.layer_index import Entry, Kind, Run
-from fledge_tasks.tree import Inode
-from fledge_tasks.verify import check_structure, compare_tree, read_all
+from fledge_tasks.verify import check_structure, read_all
+from tests import trees
 from tests.real.compare import compare_trees
 from tests.test_ext4_images import ACL, odd
 from tests.test_verify import NAMES, contents, settable
@@ -33,9 +34,7 @@ def made(folder: Path, *contents: Content, parameters: Parameters = PLAIN) -> Bu
     return build(folder, *contents, parameters=parameters, kind="erofs")
 
 
-def compared(image: Path, root: Inode, folder: Path, count: int = 1) -> list[str]:
-    payloads = {at: folder / f"payload{at}" for at in range(count)}
-    return [str(difference) for difference in compare_tree(image, root, payloads, EPOCH, "erofs")]
+compared = functools.partial(trees.compared, kind="erofs")
 
 
 def everything() -> Content:

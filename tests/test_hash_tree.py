@@ -18,7 +18,7 @@ from fledge_tasks.hash_tree import BLOCK_BYTES, Superblock
 from tests.layers import Member, folder
 from tests.layouts import Place
 from tests.test_drills_disk import mounted
-from tests.tools import PATH, as_nobody, need, need_root
+from tests.tools import PATH, as_nobody, have_only, need, need_root
 from tests.trees import tool
 from tests.workspaces import Workspace, doit, sha256_of
 
@@ -280,11 +280,7 @@ def test_why(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_without_veritysetup(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name in ("mke2fs", "e2fsck", "sh"):
-        os.symlink(tool("sh", "-c", f"command -v {name}").strip(), tools / name)
-    monkeypatch.setattr("fledge_tasks.tools.environment", lambda: {"PATH": str(tools)})
+    have_only(monkeypatch, tmp_path / "bin", "mke2fs", "e2fsck", "sh")
     result = place.fledge("build")
     assert result.code == 1
     assert f"{place.root}/web/fledge.toml: output.verity: veritysetup is not installed" in result.stderr

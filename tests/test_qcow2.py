@@ -18,7 +18,7 @@ from fledge_tasks.run import run
 from tests.layers import Member, folder
 from tests.layouts import Place
 from tests.test_drills_disk import mounted
-from tests.tools import PATH, need
+from tests.tools import PATH, have_only, need
 from tests.trees import tool
 from tests.workspaces import Workspace, sha256_of
 
@@ -271,11 +271,7 @@ def test_another_version_of_qemu_img(place: Place, tmp_path: Path, monkeypatch: 
 
 
 def test_without_qemu_img(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name in ("mke2fs", "e2fsck", "sh"):
-        os.symlink(tool("sh", "-c", f"command -v {name}").strip(), tools / name)
-    monkeypatch.setattr("fledge_tasks.tools.environment", lambda: {"PATH": str(tools)})
+    have_only(monkeypatch, tmp_path / "bin", "mke2fs", "e2fsck", "sh")
     result = place.fledge("build")
     assert result.code == 1
     assert f"{place.root}/web/fledge.toml: output.format: qemu-img is not installed" in result.stderr

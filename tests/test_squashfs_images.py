@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -15,8 +16,8 @@ from fledge_tasks.errors import CommandError, FilesystemError
 from fledge_tasks.filesystems import squashfs, squashfs_read
 from fledge_tasks.filesystems.options import OPTIONS
 from fledge_tasks.oci.layer_index import Entry, Kind
-from fledge_tasks.tree import Inode
-from fledge_tasks.verify import check_structure, compare_tree, read_all
+from fledge_tasks.verify import check_structure, read_all
+from tests import trees
 from tests.test_ext4_images import ACL, odd
 from tests.test_verify import contents
 from tests.tools import PATH, need, need_root
@@ -37,9 +38,7 @@ def made(folder: Path, content: Content, compression: str = "zstd", block_bytes:
     return build(folder, content, parameters=parameters, kind="squashfs")
 
 
-def compared(image: Path, root: Inode, folder: Path) -> list[str]:
-    found = compare_tree(image, root, {0: folder / "payload0"}, EPOCH, "squashfs")
-    return [str(difference) for difference in found]
+compared = functools.partial(trees.compared, kind="squashfs")
 
 
 def everything() -> Content:

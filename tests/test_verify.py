@@ -23,18 +23,13 @@ from tests.layers import Member, folder, hardlink
 from tests.layouts import Place
 from tests.test_ext4_images import odd
 from tests.tools import need
-from tests.trees import EPOCH, Built, Content, build, tool, tree_of
+from tests.trees import EPOCH, Built, Content, build, compared, tool, tree_of
 from tests.workspaces import sha256_of
 
 
 @pytest.fixture(autouse=True)
 def _tools() -> None:
     need("e2fsck", "debugfs", "mke2fs")
-
-
-def compared(image: Path, root: Inode, folder_: Path, count: int = 1) -> list[str]:
-    payloads = {at: folder_ / f"payload{at}" for at in range(count)}
-    return [str(difference) for difference in compare_tree(image, root, payloads, EPOCH)]
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,14 @@ def need_kernel() -> Path:
         _lacking(str(error))
 
 
+def have_only(monkeypatch: pytest.MonkeyPatch, folder: Path, *programs: str) -> None:
+    """Let fledge find no programs in this process but these, through links in the new folder."""
+    folder.mkdir()
+    for program in programs:
+        (folder / program).symlink_to(str(shutil.which(program, path=PATH)))
+    monkeypatch.setattr("fledge_tasks.tools.environment", lambda: {"PATH": str(folder)})
+
+
 def as_nobody() -> list[str]:
     """Return the prefix of a command that runs as nobody, without a single capability.
 

@@ -18,6 +18,7 @@ from fledge_tasks.filesystems.parameters import Filled, Parameters
 from fledge_tasks.filesystems.sizing import Wanted
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, Entry, Kind, Run
 from fledge_tasks.tree import Inode, Layer, merge
+from fledge_tasks.verify import compare_tree
 from tests.tools import PATH
 
 EPOCH = 1_700_000_000
@@ -100,6 +101,12 @@ def build(folder: Path, *contents: Content, parameters: Parameters = PARAMETERS,
     image_map = skeleton.save(bare, filled.extents, folder / "skeleton", folder / "map")
     assembled = assemble(image_map, folder / "skeleton", payloads, target, preallocate=False, advance=lambda _: None)
     return Built(target, bare, folder / "skeleton", folder / "map", filled, assembled)
+
+
+def compared(image: Path, root: Inode, folder: Path, count: int = 1, kind: str = "ext4") -> list[str]:
+    """Return what `verify` finds different in an image that `build` made of `count` layers."""
+    payloads = {at: folder / f"payload{at}" for at in range(count)}
+    return [str(difference) for difference in compare_tree(image, root, payloads, EPOCH, kind)]
 
 
 def tool(*argv: str | Path) -> str:
