@@ -6,21 +6,24 @@ Versions before 1.8.4 need root; tests/real tries a newer one.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import lzma
 import os
 import shutil
 import struct
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fledge_tasks.errors import FilesystemError
-from fledge_tasks.filesystems import decompressors, erofs_clusters
+from fledge_tasks.filesystems import decompressors, erofs_clusters, read_only
 from fledge_tasks.filesystems.erofs_clusters import Cluster
 from fledge_tasks.oci.layer_index import Kind
-from fledge_tasks.tree import Inode
-from fledge_tasks.verify import check_structure, compare_tree, read_all
+from fledge_tasks.verify import check_structure, read_all
+from tests import trees
 from tests.real.compare import compare_trees
 from tests.test_ext4_images import ACL, odd
 from tests.test_verify import contents, settable
@@ -39,9 +42,7 @@ def made(folder: Path, content: Content, compression: str = "lz4", level: int | 
     return build(folder, content, parameters=parameters, kind="erofs")
 
 
-def compared(image: Path, root: Inode, folder: Path) -> list[str]:
-    found = compare_tree(image, root, {0: folder / "payload0"}, EPOCH, "erofs")
-    return [str(difference) for difference in found]
+compared = functools.partial(trees.compared, kind="erofs")
 
 
 def everything() -> Content:
@@ -118,7 +119,7 @@ def test_the_same_bytes_at_another_time(
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(contents())
 def test_random_trees_are_found_again(tmp_path: Path, content: Content) -> None:
-    content.entries = [entry for entry in content.entries if len(entry.path) < 250]
+    content.entries = [entry for entry in content.entries if len(entry.path) < 250 and b"lost+found" not in entry.path]
     content.entries = [
         entry
         for entry in content.entries
@@ -126,6 +127,25 @@ def test_random_trees_are_found_again(tmp_path: Path, content: Content) -> None:
     ]
     built = made(tmp_path, settable(content))
     assert compared(built.image, tree_of(content), tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        (b"d/" + b"n" * 255, "has a name or path that is too long for this mkfs.erofs"),
+        (b"d/lost+found", "has a name that this mkfs.erofs leaves out"),
+    ],
+)
+def test_what_the_folder_of_an_old_mkfs_cannot_tell(tmp_path: Path, path: bytes, reason: str) -> None:
+    content = Content()
+    content.file(path, b"x")
+    if read_only.reads_tar():
+        assert compared(made(tmp_path, content).image, tree_of(content), tmp_path) == []
+        return
+    with pytest.raises(FilesystemError) as caught:
+        made(tmp_path, content)
+    assert (caught.value.message, caught.value.where) == (reason, "/" + path.decode())
+    assert "install erofs-utils 1.8.4 or later, or choose compression none" in str(caught.value)
 
 
 # --- the index of pieces --------------------------------------------------------------------------------------
@@ -143,6 +163,19 @@ def test_lz4() -> None:
     assert decompressors.DECOMPRESSORS["lz4"](literals, 5) == b"hello"
     with pytest.raises(FilesystemError, match="malformed LZ4"):
         decompressors.DECOMPRESSORS["lz4"](literals, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "reason"),
+    [
+        ("zstd", zstandard.ZstdCompressor().compress(bytes(5000)), "5000 bytes, at most 4096 belong there"),
+        ("zstd", b"\x28\xb5\x2f\xfd\xc0\0" + struct.pack("<Q", 1 << 60) + b"damage", f"{1 << 60} bytes, at most 4096"),
+        ("xz", lzma.compress(b"x", filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 30}]), "Memory usage limit"),
+    ],
+)
+def test_a_block_that_wants_more_memory_than_it_may(name: str, block: bytes, reason: str) -> None:
+    with pytest.raises(FilesystemError, match=reason):
+        decompressors.DECOMPRESSORS[name](block, 4096)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

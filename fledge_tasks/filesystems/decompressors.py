@@ -15,6 +15,8 @@ import zstandard
 
 from fledge_tasks.errors import FilesystemError
 
+_XZ_MEMORY_BYTES = 64 << 20  # a dictionary is as large as a block at most, and that is 1 MiB
+
 
 def _gzip(data: bytes, limit: int) -> bytes:
     try:
@@ -25,13 +27,17 @@ def _gzip(data: bytes, limit: int) -> bytes:
 
 def _xz(data: bytes, limit: int) -> bytes:
     try:
-        return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(data, limit)
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES).decompress(data, limit)
     except lzma.LZMAError as error:
         raise _damaged(str(error)) from None
 
 
 def _zstd(data: bytes, limit: int) -> bytes:
     try:
+        # What a frame says of its size is believed, whatever the limit (python-zstandard, 'max_output_size').
+        told = zstandard.get_frame_parameters(data).content_size
+        if limit < told < zstandard.CONTENTSIZE_UNKNOWN:
+            raise _damaged(f"{told} bytes, at most {limit} belong there")
         return zstandard.ZstdDecompressor().decompress(data, max_output_size=limit)
     except zstandard.ZstdError as error:
         raise _damaged(str(error)) from None

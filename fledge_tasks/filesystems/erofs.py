@@ -25,6 +25,7 @@ from fledge_tasks.tree import Inode, show, walk
 
 _MAX_HEADER_BYTES = 16 << 10  # what mkfs.erofs keeps of an archive; it misreads records that are longer
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 254, 3 << 10  # 1.5 cuts a name of 255 bytes, and a path at PATH_MAX
+_LEFT_OUT = b"lost+found"  # in any folder that it reads (lib/inode.c of erofs-utils)
 _BUILD_TIME_AT, _UUID_AT, _MTIME_AT = 24, 48, 32  # in the superblock, and in an extended inode
 _BILLION = 1_000_000_000
 
@@ -59,10 +60,15 @@ def _from_archive(
 
 def _from_folder(root: Inode, parameters: Parameters, payloads: Mapping[int, Path], image: Path, scratch: Path) -> None:
     for path, _ in walk(root):
-        if len(path.rpartition(b"/")[2]) > _MAX_NAME_BYTES or len(path) > _MAX_PATH_BYTES:
+        reason, name = None, path.rpartition(b"/")[2]
+        if len(name) > _MAX_NAME_BYTES or len(path) > _MAX_PATH_BYTES:
+            reason = "has a name or path that is too long for this mkfs.erofs"
+        elif name == _LEFT_OUT:
+            reason = "has a name that this mkfs.erofs leaves out"
+        if reason is not None:
             least = read_only.dotted(read_only.MIN_EROFS_TAR)
             raise FilesystemError(
-                "has a name or path that is too long for this mkfs.erofs",
+                reason,
                 where=show(path),
                 hint=f"install erofs-utils {least} or later, or choose compression none",
             )
