@@ -39,8 +39,9 @@ demo: venv demo-tools kernel $(HELLO)/layouts/hello
 	@echo "Now change $(HELLO)/motd, a mapped file, and run make demo again."
 
 test: venv test-tools kernel
-# First what shares images, a registry and daemons, one test after the other; then all others on all processors.
-	$(AS_ROOT) env FLEDGE_REQUIRE_TOOLS=1 FLEDGE_KERNEL_DIR="$(KERNEL_DIR)" $(BIN)/python -m pytest tests/real
+# First what shares images, a registry and daemons, file by file; then all others, test by test.
+	$(AS_ROOT) env FLEDGE_REQUIRE_TOOLS=1 FLEDGE_KERNEL_DIR="$(KERNEL_DIR)" \
+		$(BIN)/python -m pytest -n auto --dist loadfile tests/real
 	$(AS_ROOT) env FLEDGE_REQUIRE_TOOLS=1 $(BIN)/python -m pytest -n auto --ignore tests/real
 
 test-pythons: test-tools
