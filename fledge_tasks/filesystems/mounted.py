@@ -42,6 +42,7 @@ class Type:
     estimate     bytes that a tree takes, without what an empty filesystem takes
     inode_bytes  what an inode takes out of free space, 0 where the number of inodes has no limit
     translate    returns what turns an address that FIEMAP tells into a byte of the image
+    settle       has the mounted filesystem do now what it would do in the background, to what is free
     resize       brings the mounted filesystem from one size to another, or returns False if it cannot
     finish       does what is left to do once the image is not mounted any more
     """
@@ -54,6 +55,7 @@ class Type:
     estimate: Callable[[Content], int]
     inode_bytes: int
     translate: Callable[[Path], Callable[[int], int | None]]
+    settle: Callable[[Mount], None]
     resize: Callable[[Mount, int, int], bool]
     finish: Callable[[Path, Parameters], None]
 
@@ -129,6 +131,7 @@ class _Maker:
     def _lacking(self, wanted: Wanted) -> int:
         # What was free may be taken at the end of the first mount, or given back at the next.
         with self._mounted() as mount:
+            self._kind.settle(mount)
             lacking = wanted.buffer_bytes - mount.free_bytes()
             if self._kind.inode_bytes:
                 inodes = sizing.spare_inodes(self.content.inodes) - os.fstatvfs(mount.root).f_favail
@@ -138,6 +141,7 @@ class _Maker:
     def finish(self) -> Filled:
         """Do what is left to do, and return what the image is."""
         with self._mounted() as mount:
+            self._kind.settle(mount)
             mount.trim()  # what was moved, or written only for a while, would be kept
             free = mount.free_bytes(), os.fstatvfs(mount.root).f_favail
             places = list(fill.places(mount.root, self._root))

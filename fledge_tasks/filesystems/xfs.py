@@ -22,8 +22,9 @@ MIN_BYTES = OPTIONS["xfs"].min_mb * MIB
 def make(root: Inode, parameters: Parameters, payloads: Mapping[int, Path], image: Path, scratch: Path) -> Filled:
     """Make an image as `parameters.Make` says. Not the same bytes each time: Linux writes its own times."""
     kind = mounted.Type(
-        "xfs", mkfs, "nouuid", MIN_BYTES, False, xfs_bytes, XFS_INODE_BYTES, _translate, _resize, lambda *_: None
-    )
+        "xfs", mkfs, "nouuid", MIN_BYTES, False, xfs_bytes, XFS_INODE_BYTES,
+        _translate, lambda _: None, _resize, lambda *_: None,
+    )  # fmt: skip
     return mounted.make(kind, root, parameters, payloads, image, scratch)
 
 
