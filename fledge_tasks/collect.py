@@ -20,7 +20,7 @@ from fledge_tasks.digest import Digest, is_digest
 from fledge_tasks.errors import FledgeError, LockError, StoreError
 from fledge_tasks.fsutil import allocated_bytes, crash_point, remove_tree
 from fledge_tasks.lock import LockFile
-from fledge_tasks.plan import Planner
+from fledge_tasks.planner import Planner
 from fledge_tasks.store import Store
 
 _STALE_SECONDS = 86_400

@@ -27,7 +27,8 @@ from doit.task import Task
 
 from fledge_tasks import collector, workspace
 from fledge_tasks.errors import FledgeError
-from fledge_tasks.plan import Planner, source_date_epoch
+from fledge_tasks.plan import source_date_epoch
+from fledge_tasks.planner import Planner
 from fledge_tasks.runner import harden
 from fledge_tasks.store import Store
 from fledge_tasks.tasks import DOIT_CONFIG, Graph

@@ -15,7 +15,8 @@ from fledge_tasks import fresh, usage
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.digest import short
 from fledge_tasks.errors import FledgeError
-from fledge_tasks.plan import ImagePlan, Layer, Planner
+from fledge_tasks.plan import ImagePlan, Layer
+from fledge_tasks.planner import Planner
 from fledge_tasks.usage import Made
 
 _LINE = re.compile(r"([a-z_.]+)(?:\[([0-9]+)\])?(?:\.([a-z_]+))? = (.*)")  # field, number, field below, value

@@ -9,7 +9,8 @@ from fledge_tasks import output
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.keys import Manifest
 from fledge_tasks.manifest import HASH_TREE, RAW_CHECKSUM, ROOT_HASH
-from fledge_tasks.plan import ImagePlan, Layer, Planner
+from fledge_tasks.plan import ImagePlan, Layer
+from fledge_tasks.planner import Planner
 from fledge_tasks.store import Store
 
 

@@ -24,7 +24,8 @@ from fledge_tasks.keys import Agent, Config
 from fledge_tasks.lock import LockedAgent, LockedImage
 from fledge_tasks.oci import layout, source
 from fledge_tasks.oci.manifest import parse_config
-from fledge_tasks.plan import Layer, Planner
+from fledge_tasks.plan import Layer
+from fledge_tasks.planner import Planner
 from fledge_tasks.progress import meter
 from fledge_tasks.stages import DATA, HIT, Values, keep_blob
 from fledge_tasks.store import Store

@@ -1,4 +1,4 @@
-"""The work of each stage: from valid entries of the store to new ones, or to the image's files.
+"""The stages that fill the store: fetch, unpack, mkfs. From valid entries to new ones.
 
 Each function can be called at any time and by any number of processes: it takes the lock of what
 it makes, looks again whether that is there by now, and publishes it whole. After an error what it
@@ -6,36 +6,32 @@ would have made is absent. The values returned are counters for people:
 
     {"bytes": what was made or moved, "status": "hit" when there was nothing to do}
 
-The stage 'resolve' has a module of its own.
+The stages that write to the build folder are in `results.py`, the one that looks outside in `resolve.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fledge_tasks import agent, collector, fsutil, hash_tree, manifest, mappings, output, qcow2
-from fledge_tasks.assemble import Assembled
-from fledge_tasks.assemble import assemble as assemble_image
-from fledge_tasks.digest import Digest, sha256_bytes, sha256_file, short
-from fledge_tasks.errors import BlobError, FledgeError, StoreError
+from fledge_tasks import agent, collector, fsutil, mappings
+from fledge_tasks.digest import short
+from fledge_tasks.errors import BlobError, StoreError
 from fledge_tasks.filesystems import backend, possible, skeleton
 from fledge_tasks.filesystems.options import OPTIONS
 from fledge_tasks.filesystems.parameters import Parameters
 from fledge_tasks.filesystems.sizing import MIB, Wanted
-from fledge_tasks.fresh import description, is_assembled, is_fetched
+from fledge_tasks.fresh import is_fetched
 from fledge_tasks.keys import Stage
 from fledge_tasks.oci import source
 from fledge_tasks.oci.layer import unpack as unpack_layer
-from fledge_tasks.oci.layer_index import BLOCK_BYTES, IndexWriter, read_index
-from fledge_tasks.oci.manifest import parse_config
+from fledge_tasks.oci.layer_index import IndexWriter, read_index
 from fledge_tasks.oci.payload import PayloadWriter
-from fledge_tasks.plan import ImagePlan, Layer, Planner
+from fledge_tasks.plan import ImagePlan, Layer
+from fledge_tasks.planner import Planner
 from fledge_tasks.progress import meter
 from fledge_tasks.store import Entry, Store
 from fledge_tasks.tree import Inode, merge
@@ -126,7 +122,7 @@ def unpack(planner: Planner, plan: ImagePlan, layer: Layer) -> Values:
             return HIT
         blob = store.find(layer.blob.key())
         if blob is None:
-            raise _gone(f"the blob of layer {short(layer.ref.diff_id)}")
+            raise gone(f"the blob of layer {short(layer.ref.diff_id)}")
         progress = meter(layer.ref.size)
         with (
             store.staging(key) as folder,
@@ -147,16 +143,16 @@ def unpack(planner: Planner, plan: ImagePlan, layer: Layer) -> Values:
                     where=f"{plan.image.name}: layer {short(layer.ref.diff_id)}",
                 )
             except BlobError:
-                _drop_blob(store, layer)  # else the next build would meet it again
+                drop_blob(store, layer)  # else the next build would meet it again
                 raise
             index.flush()
             info = {"entries": unpacked.entries, "tar_bytes": unpacked.tar_bytes, "fetch_seconds": blob.seconds}
             entry = _publish(store, layer.unpack, folder, info=info, known={PAYLOAD: unpacked.payload_xxh3})
-        _drop_blob(store, layer)
+        drop_blob(store, layer)
     return {"bytes": entry.size}
 
 
-def _drop_blob(store: Store, layer: Layer) -> None:
+def drop_blob(store: Store, layer: Layer) -> None:
     """Remove the blob of a layer, unless somebody is just fetching it."""
     key = layer.blob.key()
     if store.folder(key).exists():
@@ -216,7 +212,7 @@ def sources_of(store: Store, plan: ImagePlan) -> list[Entry]:
     """Return the entries whose payloads an image points into: layers, then customization. Raises StoreError."""
     customization = store.find(plan.customize.key())
     if customization is None:
-        raise _gone("the customization")
+        raise gone("the customization")
     return [*_unpacked(store, plan), customization]
 
 
@@ -250,7 +246,7 @@ def _unpacked(store: Store, plan: ImagePlan) -> list[Entry]:
     for layer in plan.layers:
         entry = store.find(layer.unpack_key)
         if entry is None:
-            raise _gone(f"layer {short(layer.ref.diff_id)}")
+            raise gone(f"layer {short(layer.ref.diff_id)}")
         entries.append(entry)
     return entries
 
@@ -263,7 +259,7 @@ def _customize(store: Store, plan: ImagePlan) -> None:
             return
         config = store.find(plan.config.key())
         if config is None:
-            raise _gone("the OCI config")
+            raise gone("the OCI config")
         with store.staging(key) as folder:
             with (
                 (folder / PAYLOAD).open("wb", buffering=0) as payload,
@@ -290,148 +286,12 @@ def _agent_file(store: Store, plan: ImagePlan) -> Path:
         return plan.agent_path
     entry = store.find(plan.agent.key()) if plan.agent else None
     if entry is None:
-        raise _gone("the agent")
+        raise gone("the agent")
     return entry.file(DATA)
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size
-
-
-# --- assemble --------------------------------------------------------------------------------
-
-
-def assemble(planner: Planner, plan: ImagePlan) -> Values:
-    """Put the image file together from the filesystem and the payloads."""
-    store, key = planner.store, plan.assemble.key()
-    with output.writing(store, plan.output):
-        written = output.look(plan.output, key)
-        if isinstance(written, output.Written):
-            return {**HIT, "sha256": written.sha256}
-        made = store.find(plan.mkfs.key())
-        if made is None:
-            raise _gone("the filesystem")
-        sources = sources_of(store, plan)
-        image_map = skeleton.read_map(made.file(MAP))
-        started = time.monotonic()
-        progress = meter(sum(extent.count for extent in image_map.extents) * BLOCK_BYTES)
-        put = partial(
-            assemble_image,
-            image_map,
-            made.file(SKELETON),
-            payloads_of(sources),
-            preallocate=plan.assemble.preallocate,
-            advance=progress.add,
-        )
-        with _writing(plan.output):
-            assembled, checksum = _publish_disk(plan, put)
-            seconds, is_raw = time.monotonic() - started, plan.assemble.format is None
-            output.remember(plan.output, key, checksum, seconds, raw_sha256=None if is_raw else assembled.sha256)
-        with store.index.together():
-            for entry in (*sources, made):
-                store.touch(entry.key)
-        for layer in plan.layers:
-            _drop_blob(store, layer)  # one that a crash after unpacking left, or that was fetched beside it
-    return {
-        "bytes": assembled.size,
-        "sha256": checksum,
-        "shared_bytes": assembled.shared_bytes,
-        "copied_bytes": assembled.copied_bytes,
-    }
-
-
-def _publish_disk(plan: ImagePlan, put: Callable[..., Assembled]) -> tuple[Assembled, Digest]:
-    """Have `put` write the raw image to its place, or to where a qcow2 is made of it, and return that file's digest."""
-    if plan.assemble.format is None:
-        assembled = put(plan.output)
-        return assembled, assembled.sha256
-    with fsutil.replacing_by_programs(plan.output) as folder:
-        raw, made = folder / "raw", folder / plan.output.name
-        assembled = put(raw, durable=False)
-        qcow2.convert(raw, made, plan.assemble.compression)
-        checksum = sha256_file(made)
-    return assembled, checksum
-
-
-# --- verity ----------------------------------------------------------------------------------
-
-
-def make_hash_tree(planner: Planner, plan: ImagePlan) -> Values:
-    """Make the hash tree of the image file beside it."""
-    with output.writing(planner.store, plan.output):
-        image = is_assembled(plan)
-        if isinstance(image, str):
-            raise StoreError(f"{image} any more", where=str(plan.output), hint="run again")
-        record = plan.verity(image.raw_checksum)
-        if isinstance(output.look(plan.tree_output, record.key()), output.Written):
-            return HIT
-        started = time.monotonic()
-        with _writing(plan.tree_output):
-            with fsutil.replacing_by_programs(plan.tree_output) as folder:
-                raw, tree = plan.output, folder / plan.tree_output.name
-                if plan.assemble.format is not None:
-                    raw = folder / "raw"
-                    qcow2.expand(plan.output, raw)
-                root_hash = hash_tree.make(raw, tree, salt=record.salt, uuid=record.uuid)
-                checksum = sha256_file(tree)
-            seconds = time.monotonic() - started
-            made = output.remember(plan.tree_output, record.key(), checksum, seconds, root_hash=root_hash)
-    return {"bytes": made.size}
-
-
-# --- manifest --------------------------------------------------------------------------------
-
-
-def write_manifest(planner: Planner, plan: ImagePlan) -> Values:
-    """Write the manifest of the image file beside it."""
-    store = planner.store
-    with output.writing(store, plan.output):
-        record = description(plan)
-        if isinstance(record, str):
-            raise StoreError(f"{record} any more", where=str(plan.output), hint="run again")
-        if isinstance(output.look(plan.manifest_output, record.key()), output.Written):
-            return HIT
-        config = store.find(plan.config.key())
-        if config is None:
-            raise _gone("the OCI config")
-        try:
-            data = manifest.render(
-                plan.image.manifest,
-                parse_config(config.file(DATA).read_bytes(), where=f"{plan.image.name}: OCI config"),
-                name=plan.image.name,
-                image=record.image,
-                image_digest=record.image_digest,
-                rootfs=plan.output,
-                checksum=record.checksum,
-                filesystem=record.filesystem,
-                disk_format=record.format or "raw",
-                labels=record.labels,
-            )
-        except FledgeError:
-            output.remove(plan.manifest_output)  # it describes the image that was here before
-            raise
-        with _writing(plan.manifest_output):
-            _remove_others(planner, plan)  # first: what is left of a crash here is looked at again
-            fsutil.remove_stale(plan.manifest_output)
-            fsutil.write_atomic(plan.manifest_output, data)
-            output.remember(plan.manifest_output, record.key(), sha256_bytes(data))
-    return {"bytes": len(data)}
-
-
-def _remove_others(planner: Planner, plan: ImagePlan) -> None:
-    """Remove what earlier builds made of the image in a form that is not asked for any more."""
-    for path in planner.workspace.outputs(plan.image) - set(plan.published):
-        fsutil.remove_stale(path)
-        if output.key_of(path) is not None:
-            output.remove(path)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise fsutil.explained(error, path) from None
 
 
 def _publish(
@@ -446,5 +306,6 @@ def _publish(
     return store.publish(record.text(), record.stage(), folder, info=info, known=known, durable=durable)
 
 
-def _gone(what: str) -> StoreError:
+def gone(what: str) -> StoreError:
+    """Return what is raised for an entry that a stage needs and that is not there."""
     return StoreError(f"{what} is not in the cache any more", hint="something cleaned it meanwhile: run again")

@@ -28,7 +28,8 @@ from fledge_tasks.config import ImageConfig
 from fledge_tasks.digest import short
 from fledge_tasks.errors import FledgeError
 from fledge_tasks.explain import why
-from fledge_tasks.plan import ImagePlan, Layer, Planner
+from fledge_tasks.plan import ImagePlan, Layer
+from fledge_tasks.planner import Planner
 
 Values = dict[str, Any]
 
@@ -333,21 +334,21 @@ def _mkfs(planner: Planner, image: ImageConfig) -> Values:
 
 
 def _assemble(planner: Planner, image: ImageConfig) -> Values:
-    from fledge_tasks import stages
+    from fledge_tasks import results
 
-    return stages.assemble(planner, _plan(planner, image))
+    return results.assemble(planner, _plan(planner, image))
 
 
 def _verity(planner: Planner, image: ImageConfig) -> Values:
-    from fledge_tasks import stages
+    from fledge_tasks import results
 
-    return stages.make_hash_tree(planner, _plan(planner, image))
+    return results.make_hash_tree(planner, _plan(planner, image))
 
 
 def _manifest(planner: Planner, image: ImageConfig) -> Values:
-    from fledge_tasks import stages
+    from fledge_tasks import results
 
-    return stages.write_manifest(planner, _plan(planner, image))
+    return results.write_manifest(planner, _plan(planner, image))
 
 
 def _remove(path: Path) -> StageFailed | None:

@@ -25,7 +25,8 @@ from fledge_tasks.config import ImageConfig
 from fledge_tasks.digest import Digest, short
 from fledge_tasks.errors import FledgeError
 from fledge_tasks.index import Index
-from fledge_tasks.plan import ImagePlan, Planner
+from fledge_tasks.plan import ImagePlan
+from fledge_tasks.planner import Planner
 from fledge_tasks.store import Store
 
 REFRESH_SECONDS = 86_400

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fledge_tasks import workspace
-from fledge_tasks.plan import Planner
+from fledge_tasks.planner import Planner
 from fledge_tasks.resolve import resolve
 from fledge_tasks.store import Store
 from tests.layers import Member, digest, folder, hardlink, symlink

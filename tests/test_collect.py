@@ -16,7 +16,7 @@ from fledge_tasks.digest import Digest, sha256_bytes
 from fledge_tasks.errors import LockError
 from fledge_tasks.fsutil import allocated_bytes
 from fledge_tasks.leases import Leases
-from fledge_tasks.plan import Planner
+from fledge_tasks.planner import Planner
 from fledge_tasks.store import Store
 from tests.layers import Member, folder
 from tests.layouts import Place

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fledge_tasks import collector, stages, tree
-from fledge_tasks.plan import Planner
+from fledge_tasks.planner import Planner
 from tests.layers import Member
 from tests.layouts import Place
 from tests.tools import need

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fledge_tasks import stages, workspace
-from fledge_tasks.plan import Planner
+from fledge_tasks.planner import Planner
 from fledge_tasks.store import Store
 from tests.layers import Member, folder
 from tests.layouts import Layout, Place

@@ -44,7 +44,7 @@ from pathlib import Path
 import pytest
 
 from fledge_tasks import workspace as workspaces
-from fledge_tasks.plan import Planner
+from fledge_tasks.planner import Planner
 from fledge_tasks.store import Store
 from fledge_tasks.tasks import Graph
 from tests.dodos import MODES, DodoPlace, all_modes, end, installed, make_place, processes, session, two_modes

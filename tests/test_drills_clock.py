@@ -11,7 +11,7 @@ import pytest
 from fledge_tasks import collect, workspace
 from fledge_tasks.digest import sha256_bytes
 from fledge_tasks.index import FileDigests, Index
-from fledge_tasks.plan import Planner
+from fledge_tasks.planner import Planner
 from fledge_tasks.store import Store
 from tests.drills import Drill, with_web
 from tests.test_store import build

@@ -15,7 +15,7 @@ from fledge_tasks import workspace
 from fledge_tasks.digest import sha256_bytes
 from fledge_tasks.index import FileDigests, Index
 from fledge_tasks.mappings import expand
-from fledge_tasks.plan import Planner
+from fledge_tasks.planner import Planner
 from fledge_tasks.store import Store
 from tests.layers import Member, folder
 from tests.layouts import Place

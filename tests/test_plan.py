@@ -23,7 +23,8 @@ from fledge_tasks.errors import (
 )
 from fledge_tasks.oci import reference, source
 from fledge_tasks.oci.reference import Reference
-from fledge_tasks.plan import ImagePlan, Planner, source_date_epoch
+from fledge_tasks.plan import ImagePlan, source_date_epoch
+from fledge_tasks.planner import Planner
 from fledge_tasks.store import Store
 from fledge_tasks.tools import MKE2FS, Tool
 from tests.layers import Member, folder

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from fledge_tasks import workspace
-from fledge_tasks.plan import ImagePlan, Planner
+from fledge_tasks.plan import ImagePlan
+from fledge_tasks.planner import Planner
 from fledge_tasks.store import Store
 from tests import golden, test_dodo
 from tests.layers import digest

@@ -441,8 +441,8 @@ def test_a_layer_beyond_its_limits_is_refused_and_not_remembered(place: Place) -
 
 def test_errors_are_ours(place: Place) -> None:
     """A stage that is asked for the impossible says so, with what to do."""
-    from fledge_tasks import stages, workspace
-    from fledge_tasks.plan import Planner
+    from fledge_tasks import results, stages, workspace
+    from fledge_tasks.planner import Planner
 
     place.build()
     found = workspace.load(place.root)
@@ -451,7 +451,7 @@ def test_errors_are_ours(place: Place) -> None:
     assert plan is not None
     shutil.rmtree(place.root / "cache" / "objects")
     shutil.rmtree(place.root / "build")
-    for stage in (stages.mkfs, stages.assemble, stages.write_manifest):
+    for stage in (stages.mkfs, results.assemble, results.write_manifest):
         with pytest.raises(FledgeError, match=r"not in the cache any more|is not there") as caught:
             stage(planner, plan)
         assert caught.value.hint is not None and "run again" in caught.value.hint

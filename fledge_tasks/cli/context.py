@@ -11,7 +11,7 @@ import click
 
 from fledge_tasks import workspace
 from fledge_tasks.errors import ConfigError, InputError
-from fledge_tasks.plan import Planner
+from fledge_tasks.planner import Planner
 from fledge_tasks.store import Store
 from fledge_tasks.workspace import Workspace
 

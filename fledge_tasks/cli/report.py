@@ -12,7 +12,8 @@ from fledge_tasks import fresh, output
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.digest import short
 from fledge_tasks.errors import FledgeError
-from fledge_tasks.plan import ImagePlan, Planner
+from fledge_tasks.plan import ImagePlan
+from fledge_tasks.planner import Planner
 from fledge_tasks.reporter import TaskResult
 
 Status = Literal["hit", "built", "not-needed", "failed"]

@@ -21,7 +21,8 @@ from fledge_tasks.filesystems.comparison import Difference
 from fledge_tasks.filesystems.options import OPTIONS
 from fledge_tasks.manifest import ROOT_HASH
 from fledge_tasks.output import key_of
-from fledge_tasks.plan import ImagePlan, Planner
+from fledge_tasks.plan import ImagePlan
+from fledge_tasks.planner import Planner
 from fledge_tasks.verify import (
     check_disk,
     check_manifest,
