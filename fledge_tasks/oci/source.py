@@ -25,7 +25,7 @@ from fledge_tasks.errors import (
     OfflineError,
     SourceError,
 )
-from fledge_tasks.fsutil import remove_tree, temp_folder
+from fledge_tasks.fsutil import remove_tree, start_writeback, temp_folder
 from fledge_tasks.oci import daemon
 from fledge_tasks.oci.layout import LocalImage, adopt, open_image, wrong_blob
 from fledge_tasks.oci.manifest import (
@@ -44,7 +44,7 @@ from fledge_tasks.oci.skopeo import skopeo
 
 _T = TypeVar("_T")
 
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.05
 _COPY = ("copy", "--quiet", "--remove-signatures", "--retry-times", "2")
 _CHANGED_HINT = "run again"
 
@@ -351,7 +351,10 @@ def _work_folder(scratch: Path, *, keep_on_success: bool = False) -> Iterator[Pa
 
 @contextlib.contextmanager
 def _watched(folder: Path, ignored: set[str], total: int, advance: Callable[[int], None]) -> Iterator[None]:
-    """Report the growth of the files below `folder` while the block runs: skopeo's own progress is for eyes."""
+    """Report the growth of the files below `folder` while the block runs: skopeo's own progress is for eyes.
+
+    They begin to be written to the disk meanwhile: skopeo syncs each blob, and would wait for all of it at its end.
+    """
     reported = 0
     ended = threading.Event()
 
@@ -363,7 +366,7 @@ def _watched(folder: Path, ignored: set[str], total: int, advance: Callable[[int
 
     def watch() -> None:
         while not ended.wait(_POLL_SECONDS):
-            report(_bytes_below(folder, ignored))
+            report(_bytes_on_their_way(folder, ignored))
 
     watcher = threading.Thread(target=watch, name="fetch-progress", daemon=True)
     watcher.start()
@@ -375,11 +378,12 @@ def _watched(folder: Path, ignored: set[str], total: int, advance: Callable[[int
     report(total)
 
 
-def _bytes_below(folder: Path, ignored: set[str]) -> int:
+def _bytes_on_their_way(folder: Path, ignored: set[str]) -> int:
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
             if name not in ignored:
-                with contextlib.suppress(OSError):  # skopeo renames its files when they are whole
-                    total += os.lstat(os.path.join(parent, name)).st_size
+                with contextlib.suppress(OSError), open(os.path.join(parent, name), "rb") as file:
+                    start_writeback(file.fileno(), 0, 0)
+                    total += os.fstat(file.fileno()).st_size
     return total
