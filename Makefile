@@ -22,7 +22,7 @@ PYENV_ROOT ?= $(HOME)/.pyenv
 VERSIONS := 3.11 3.12 3.13 3.14
 PYTHONS ?= $(foreach version,$(VERSIONS),$(or $(lastword $(wildcard $(PYENV_ROOT)/versions/$(version).*/bin/python3)), \
 	$(shell PATH="$(subst $(PYENV_ROOT)/shims,,$(PATH))" command -v python$(version))))
-PYTHONS_TESTS ?= --ignore tests/real tests
+PYTHONS_TESTS ?= -n auto --ignore tests/real tests
 
 # Everything in test and bench that mounts an image or starts a daemon needs root.
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),$(shell command -v sudo))
