@@ -40,10 +40,23 @@ from fledge_tasks.tools import FSCK_EROFS
 from fledge_tasks.tree import Inode
 
 _CHUNK_BLOCKS = 256
-_CHATTER = re.compile(
-    r"^Pass \d|^e2fsck \d|Filesystem still has errors|\d+/\d+ files|^The superblock could not be read|^filesystem[. ]|"
-    r"^is corrupt, and|^ *or$|e2fsck -b \d"
-)
+_NOTHING = re.compile(r"(?!)")
+_CHATTER = {
+    "ext4": re.compile(
+        r"^Pass \d|^e2fsck \d|Filesystem still has errors|\d+/\d+ files|^The superblock could not be read|"
+        r"^filesystem[. ]|^is corrupt, and|^ *or$|e2fsck -b \d"
+    ),
+    "xfs": re.compile(
+        r"^Phase \d|^- |^No modify flag set|^Cannot get host filesystem geometry|^Repair may fail if there is a sector|"
+        r"^the image and the host filesystem"
+    ),
+    "btrfs": re.compile(
+        r"^\[\d+/\d+\] |^(Opening|Checking) filesystem |^UUID: |^found \d+ bytes used|^total [a-z ]+ bytes: |"
+        r"^btree space waste bytes: |^file data blocks allocated: |^referenced \d"
+    ),
+}
+"""What checkers say that is no difference."""
+
 _CHECKERS = {
     "ext4": ("e2fsck", "-fn"), "xfs": ("xfs_repair", "-n", "-f"), "btrfs": ("btrfs", "check", "--readonly"),
     "erofs": ("fsck.erofs",),
@@ -129,7 +142,8 @@ def check_structure(image: Path, kind: str = "ext4") -> Iterator[Difference]:
         run([*checker, image])
     except CommandError as error:
         lines = (error.output.decode(errors="replace") + error.stderr).splitlines()
-        found = [line.strip() for line in lines if line.strip() and not _CHATTER.search(line)]
+        chatter = _CHATTER.get(kind, _NOTHING)
+        found = [line.strip() for line in lines if line.strip() and not chatter.search(line.strip())]
         for line in found or [error.message]:
             yield Difference("", f"{checker[0]}: {line}")
 

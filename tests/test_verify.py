@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import string
 from collections.abc import Callable
@@ -360,3 +361,24 @@ def test_layers_that_are_not_in_the_cache(place: Place) -> None:
     result = place.fledge("verify")
     assert result.code == 1
     assert "not in the cache any more" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("kind", "size", "offset"), [("xfs", 300 << 20, 512 + 52), ("btrfs", 110 << 20, 0)])
+def test_what_checkers_only_report_is_no_difference(tmp_path: Path, kind: str, size: int, offset: int) -> None:
+    need("mkfs.xfs", "xfs_repair", "mkfs.btrfs", "btrfs")
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(size)
+    tool(*{"xfs": ("mkfs.xfs", "-q"), "btrfs": ("mkfs.btrfs", "-q", "-m", "single")}[kind], str(image))
+    assert list(check_structure(image, kind)) == []
+    if kind == "btrfs":  # the leaf of the extent tree, in the first chunks, which are where they say
+        told = tool("btrfs", "inspect-internal", "dump-tree", "-t", "extent", str(image))
+        offset = int(re.findall(r"^leaf (\d+) ", told, re.MULTILINE)[0]) + 300
+    with image.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"damage")
+    found = [str(difference) for difference in check_structure(image, kind)]
+    words = {"xfs": "agf has bad CRC for ag 0", "btrfs": "checksum verify failed"}
+    assert any(words[kind] in line for line in found), found
+    chatter = ("Phase", ": - ", "No modify", "host filesystem", "[1/7]", "Opening", "UUID", "bytes used", "referenced")
+    assert [line for line in found for word in chatter if word in line] == []
