@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,7 +56,24 @@ def as_nobody() -> list[str]:
     need("setpriv")
     if closed := [folder for folder in CHECKOUT.parents if not folder.stat().st_mode & 0o001]:
         _lacking(f"other users cannot enter {closed[0]}, where this checkout is: chmod o+x {closed[0]}")
-    return ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--bounding-set=-all"]
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--bounding-set=-all"]
+    return [*_with_our_python(), *nobody]
+
+
+def _with_our_python() -> list[str]:
+    """Return the prefix of a command that everyone can run this Python in, though its folder is root's alone.
+
+    With a Python below /root, nobody's either lacks its library or finds that of another one.
+    """
+    python = Path(sys.base_prefix).resolve()
+    closed = [folder for folder in python.parents if not folder.stat().st_mode & 0o001]
+    if not closed:
+        return []
+    need_root()
+    need("unshare", "mount")
+    # In a mount namespace of its own, there is nothing else in that folder.
+    script = 'mount --bind "$1" "$0" && mount -t tmpfs -o mode=755 none "$2" && mkdir -p "$1" && mount --bind "$0" "$1"'
+    return ["unshare", "--mount", "sh", "-c", f'{script} && shift 2 && exec "$@"', "/mnt", str(python), str(closed[-1])]
 
 
 def as_subordinate(folder: Path, count: int = 65536, first: int = 100_000) -> list[str]:
@@ -71,7 +89,7 @@ def as_subordinate(folder: Path, count: int = 65536, first: int = 100_000) -> li
         (folder / name).write_text(f"somebody:1:2\nnobody:{first}:{count}\n" if count else "")
     overlay = 'mount -t overlay overlay -o "lowerdir=$0:/etc" /etc'
     script = f'{overlay} && exec setpriv --reuid=65534 --regid=65534 --clear-groups "$@"'
-    return ["unshare", "--mount", "sh", "-c", script, str(folder)]
+    return [*_with_our_python(), "unshare", "--mount", "sh", "-c", script, str(folder)]
 
 
 def take_rights(monkeypatch: pytest.MonkeyPatch) -> None:

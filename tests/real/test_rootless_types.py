@@ -44,7 +44,8 @@ def for_nobody(root: Path, home: Path, suite: str, *, count: int = 65536, **env:
     """Return a workspace in which `fledge` is run by nobody."""
     grants = root.with_name(f"{root.name}-{suite}-{count}-grants")
     grants.mkdir(exist_ok=True)
-    return Workspace(root, home, env={"PATH": path_of(suite), **env}, prefix=as_subordinate(grants, count))
+    ours = {"PATH": path_of(suite), "XDG_RUNTIME_DIR": str(home / "run")}
+    return Workspace(root, home, env={**ours, **env}, prefix=as_subordinate(grants, count))
 
 
 def hand_over(place: Workspace) -> None:
