@@ -77,35 +77,38 @@ def _workload(oci_config: Mapping[str, Any] | None, reference: str) -> list[str]
     run = oci_config.get("config") or {}
     named = [*(run.get("Entrypoint") or ()), *(run.get("Cmd") or ())]
     program = "" if any(word.strip() for word in named) else "     # a guess: the image names no program"
+    probe = _probe(run.get("Healthcheck"))
     has_port = lowest_tcp_port(run.get("ExposedPorts") or ()) is not None
     port = "the lowest TCP port that the image exposes" if has_port else "a guess: the image exposes no TCP port"
-    health = _health_check(run.get("Healthcheck"))
+    # Who names a port or a health check has a server: what nothing in the image speaks of stays a comment.
+    mark = "" if has_port or probe else "# "
+    health = {**HEALTH_CHECK, **probe}
     return [
         "# As the image says it now.",
         "[manifest.workload]",
         f"type = {toml(told['type'])}",
         f"entrypoint = {toml(told['entrypoint'])}{program}",
-        f"base_url = {toml(told['base_url'])}     # {port}",
         *([f"workdir = {toml(told['workdir'])}"] if "workdir" in told else []),
+        *(["# Without these, `fledge boot` takes it for a job, which ends, and not for a server:"] if mark else []),
+        f"{mark}base_url = {toml(told['base_url'])}     # {port}",
         '# env = { MODE = "production" }     # comes beside the variables of the image',
         "",
-        "[manifest.health_check]",
-        f"endpoint = {toml(health['endpoint'])}",
-        f"timeout_ms = {health['timeout_ms']}",
+        f"{mark}[manifest.health_check]",
+        f"{mark}endpoint = {toml(health['endpoint'])}",
+        f"{mark}timeout_ms = {health['timeout_ms']}",
         "",
     ]
 
 
-def _health_check(check: object) -> dict[str, Any]:
-    """Return what Docker's check of the image comes to if it fetches a URL, else ours."""
+def _probe(check: object) -> dict[str, Any]:
+    """Return what Docker's check of the image comes to if it fetches a URL, else nothing."""
     test = check.get("Test") if isinstance(check, dict) else None
     found = _PROBED.search(" ".join(part for part in test if isinstance(part, str))) if isinstance(test, list) else None
-    nanoseconds = check.get("Timeout") if isinstance(check, dict) else None
+    if not isinstance(check, dict) or found is None:
+        return {}
+    nanoseconds = check.get("Timeout")
     timeout_ms = nanoseconds // 1_000_000 if isinstance(nanoseconds, int) else 0
-    return {
-        "endpoint": found[1] if found else HEALTH_CHECK["endpoint"],
-        "timeout_ms": timeout_ms if found and 0 < timeout_ms <= MAX_INTEGER else HEALTH_CHECK["timeout_ms"],
-    }
+    return {"endpoint": found[1], **({"timeout_ms": timeout_ms} if 0 < timeout_ms <= MAX_INTEGER else {})}
 
 
 def image_name(folder_name: str, reference: Reference) -> str | None:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fledge_tasks import config, fsutil, manifest, starter
+from fledge_tasks.boot import workload
 from fledge_tasks.oci.reference import parse
 from tests.layers import Member, folder
 from tests.layouts import Layout, Place
@@ -148,8 +149,34 @@ def test_guesses_are_said_to_be(place: Place) -> None:
     ],
 )
 def test_health_checks(check: object, expected: tuple[str, int]) -> None:
-    found = tomli.loads(starter.fledge_toml("x", "linux/amd64", None, {"config": {"Healthcheck": check}}))
+    run = {"Healthcheck": check, "ExposedPorts": {"80/tcp": {}}}
+    found = tomli.loads(starter.fledge_toml("x", "linux/amd64", None, {"config": run}))
     assert found["manifest"]["health_check"] == dict(zip(("endpoint", "timeout_ms"), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("run", "serves"),
+    [
+        ({}, False),
+        ({"ExposedPorts": {"53/udp": {}}, "Healthcheck": {"Test": ["CMD", "pg_isready"]}}, False),
+        ({"ExposedPorts": {"53/tcp": {}}}, True),
+        ({"Healthcheck": {"Test": ["CMD", "curl", "http://localhost/ready"]}}, True),
+    ],
+)
+def test_only_what_serves_gets_a_health_check(run: dict[str, Any], serves: bool) -> None:
+    """`fledge boot` takes an image for a server when fledge.toml names a port: a guess in it would fail each job."""
+    text = starter.fledge_toml("x", "linux/amd64", None, {"config": run})
+    asked = tomli.loads(text)["manifest"]
+    made = {"name": "x", "workload": {"entrypoint": ["/x"], "base_url": "http://h"}, "resources": asked["resources"]}
+    made["health_check"] = {"endpoint": "/", "timeout_ms": 1}
+    assert (workload.read(made, asked, {"config": run}).check is not None) == serves
+    # Without their marks, the comments say it is a server.
+    marked = ("# base_url", "# [manifest.health_check]", "# endpoint", "# timeout_ms")
+    lines = [line.removeprefix("# ") if line.startswith(marked) else line for line in text.splitlines()]
+    found = tomli.loads("\n".join(lines))
+    assert list(config.FLEDGE.findings("", found)) == []
+    assert found["manifest"]["workload"]["base_url"].startswith("http://127.0.0.1:")
+    assert set(found["manifest"]["health_check"]) == {"endpoint", "timeout_ms"}
 
 
 # --- where, and under which name ---------------------------------------------------------------------
@@ -402,7 +429,10 @@ def test_any_config_gives_a_file_that_is_right(run: dict[str, Any]) -> None:
     found = tomli.loads(text)
     assert list(config.FLEDGE.findings("", found)) == []
     assert set(found) == {"version", "strategy", "source", "filesystem", "manifest"}
-    assert set(found["manifest"]) == {"version", "resources", "workload", "health_check"}
+    assert set(found["manifest"]) | {"health_check"} == {"version", "resources", "workload", "health_check"}
+    serves = "health_check" in found["manifest"]
+    assert serves == ("base_url" in found["manifest"]["workload"])
+    assert serves or manifest.lowest_tcp_port(run.get("ExposedPorts") or ()) is None
     command = [*run.get("Entrypoint", []), *run.get("Cmd", [])]
     entrypoint = found["manifest"]["workload"]["entrypoint"]
     assert entrypoint == ["/bin/sh"] or entrypoint == command[len(command) - len(entrypoint) :]
