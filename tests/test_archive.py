@@ -297,6 +297,24 @@ def test_nothing_to_export(place: Place, tmp_path: Path) -> None:
     assert not (tmp_path / "file").exists()
 
 
+def test_where_it_cannot_be_written(place: Place, tmp_path: Path) -> None:
+    result = place.fledge("cache", "export", str(tmp_path / "no/cache.tar.zst"))
+    assert (result.code, result.stdout) == (2, "")
+    assert result.stderr == f"error: {tmp_path}/no: there is no such folder\n"
+
+
+def test_a_full_disk_is_named(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        with open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+
+    monkeypatch.setattr("fledge_tasks.archive.write", full)
+    file = tmp_path / "cache.tar.zst"
+    result = place.fledge("cache", "export", str(file))
+    assert result.code == 1 and not file.exists()
+    assert result.stderr.startswith(f"error: {file}: no space left on the disk (")
+
+
 def test_a_damaged_entry_is_not_exported(place: Place, tmp_path: Path) -> None:
     [payload] = [path for path in (place.root / "cache" / "objects").rglob("payload") if path.stat().st_size > 300_000]
     payload.chmod(0o644)

@@ -25,6 +25,8 @@ def export(context: Context, file: Path, names: tuple[str, ...], max_size: int |
 
     Each entry is written once, however many images share it. `fledge cache import` reads it.
     """
+    if str(file) != "-" and not file.parent.is_dir():
+        raise InputError("there is no such folder", where=str(file.parent))
     planner = context.planner()
     store = planner.store
     images = planner.workspace.select(names)
@@ -42,8 +44,11 @@ def export(context: Context, file: Path, names: tuple[str, ...], max_size: int |
             if str(file) == "-":
                 archive.write(choice.chosen, sys.stdout.buffer, advance)
             else:
-                with fsutil.replacing(file) as fd, open(fd, "wb", closefd=False) as target:
-                    archive.write(choice.chosen, target, advance)
+                try:
+                    with fsutil.replacing(file) as fd, open(fd, "wb", closefd=False) as target:
+                        archive.write(choice.chosen, target, advance)
+                except OSError as error:
+                    raise fsutil.explained(error, file) from None
     finally:
         store.close()
     for entry in choice.left_out:
