@@ -125,7 +125,7 @@ def _resolve_agent(
     url = agent.agent_url(spec, image.source.platform.split("/")[1])
     assert url is not None
     if planner.offline:
-        message = f"the agent would have to be downloaded from {without_secrets(url)}"
+        message = f"the agent would have to be downloaded from {without_secrets(url)}, which --offline forbids"
         raise OfflineError(message, where=f"{image.file}: agent")
     with store.staging(key) as folder:
         try:

@@ -118,6 +118,13 @@ def test_json_of_a_failure(place: Place) -> None:
     assert "sha256:1111" in failed["error"]
 
 
+def test_a_failed_image_has_reused_nothing(place: Place) -> None:
+    """Stages that never had their turn are no stages that were spared."""
+    layout(place).write(BASE, MORE, diff_ids=["sha256:" + "1" * 64, "sha256:" + "2" * 64])
+    first, _ = place.fledge("build").stdout.splitlines()
+    assert re.fullmatch(r"web: failed, [23] stages built, \d+\.\d\d s", first)
+
+
 def test_plain_output(place: Place) -> None:
     result = place.fledge("build", "-j", "1")
     assert result.code == 0
@@ -137,6 +144,8 @@ def test_plain_output(place: Place) -> None:
     assert "0 stages built, 8 reused" in again.stdout
     (place.root / "web" / "conf").write_text("two\n")
     assert place.fledge("build").stderr.splitlines()[0].startswith("web: /srv/conf digest: sha256:")
+    place.output("web").with_name("manifest.json").unlink()
+    assert ", 1 stage built, 7 reused, " in place.fledge("build").stdout
 
 
 def test_a_terminal_gets_a_table(program: Workspace) -> None:

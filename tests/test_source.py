@@ -626,7 +626,7 @@ class TestRegistry:
         for text in (image, f"docker://{image}"):
             with pytest.raises(OfflineError):
                 workspace.resolve(text, offline=True)
-            with pytest.raises(OfflineError):
+            with pytest.raises(OfflineError, match="would have to be fetched, which --offline forbids"):
                 workspace.fetch(text, found, found.layers, offline=True)
         assert workspace.fetch(image, found, [], offline=True) == []
         workspace.resolve(image)

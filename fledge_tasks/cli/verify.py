@@ -15,6 +15,7 @@ import msgspec
 
 from fledge_tasks import stages
 from fledge_tasks.cli.context import Context
+from fledge_tasks.cli.view import counted
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.errors import InputError
 from fledge_tasks.filesystems.comparison import Difference
@@ -185,7 +186,7 @@ def _show(verified: Verified) -> None:
     if count > _SHOWN:
         click.echo(f"{verified.name}: ... and {count - _SHOWN} more")
     if count:
-        click.echo(f"{verified.name}: {verified.image} is not what it should be: {count} differences")
+        click.echo(f"{verified.name}: {verified.image} is not what it should be: {counted(count, 'difference')}")
     else:
         known = "holds what it should" if verified.compared else "is what its manifest says, and can be read"
         click.echo(f"{verified.name}: {verified.image} {known}")

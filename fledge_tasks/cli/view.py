@@ -141,6 +141,11 @@ def human(count: int) -> str:
     return decimal(count)
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Return a number of things for people: '1 entry', '2 entries'."""
+    return f"{count} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def show_rows(titles: Sequence[str], rows: Iterable[Sequence[str]], file: TextIO) -> None:
     """Print a table; the first column holds names, all others numbers. Lines with tabs where nobody looks."""
     if not file.isatty():
@@ -187,8 +192,7 @@ def show_report(report: Report) -> None:
     else:
         for image in summary.images:
             click.echo(f"{image.name}: {_outcome(image)}, {_stages(image)}, {_seconds(image):.2f} s")
-    count = len(summary.images)
-    click.echo(f"{count} image{'' if count == 1 else 's'} in {summary.seconds:.2f} s")
+    click.echo(f"{counted(len(summary.images), 'image')} in {summary.seconds:.2f} s")
 
 
 def _show_table(summary: Summary) -> None:
@@ -203,7 +207,7 @@ def _show_table(summary: Summary) -> None:
         table.add_row(
             image.name,
             str(image.count("built")),
-            str(image.count("hit") + image.count("not-needed")) if image.sha256 else "-",
+            str(_reused(image)) if image.sha256 else "-",
             human(image.bytes) if image.sha256 else "-",
             f"{_seconds(image):.2f} s",
             image.image if image.sha256 else "failed",
@@ -220,4 +224,10 @@ def _seconds(image: ImageReport) -> float:
 
 
 def _stages(image: ImageReport) -> str:
-    return f"{image.count('built')} stages built, {image.count('hit') + image.count('not-needed')} reused"
+    built = f"{counted(image.count('built'), 'stage')} built"
+    return f"{built}, {_reused(image)} reused" if image.sha256 else built
+
+
+def _reused(image: ImageReport) -> int:
+    """Return how many stages did not have to run. Of a failed image nobody knows: what came too late looks the same."""
+    return image.count("hit") + image.count("not-needed")

@@ -189,7 +189,8 @@ def fetch(
     total = sum(layer.size for layer in layers)
     where = _where(reference, folder)
     if image.origin == "docker" and offline:
-        raise OfflineError(f"{len(layers)} layers would have to be fetched", where=where)
+        what = "a layer" if len(layers) == 1 else f"{len(layers)} layers"
+        raise OfflineError(f"{what} would have to be fetched, which --offline forbids", where=where)
     with _work_folder(Path(os.path.abspath(scratch))) as work, contextlib.ExitStack() as stack:
         if image.origin in ("oci", "oci-archive", "dir"):
             local = stack.enter_context(open_image(_local_path(reference, folder), image.origin, where))
@@ -215,7 +216,7 @@ def fetch(
 def _resolve_registry(reference: Reference, platform: Platform, scratch: Path, offline: bool) -> Resolution:
     where = reference.canonical
     if offline:
-        raise OfflineError("the registry would have to be asked", where=where)
+        raise OfflineError("the registry would have to be asked, which --offline forbids", where=where)
 
     def read(descriptor: Descriptor) -> bytes:
         return skopeo(["inspect", "--raw", f"docker://{reference.name}@{descriptor.digest}"], where=where)

@@ -10,7 +10,7 @@ import click
 from fledge_tasks import archive, collect, fsutil
 from fledge_tasks.cli.cache.units import Size
 from fledge_tasks.cli.context import Context, names_argument
-from fledge_tasks.cli.view import bar, human
+from fledge_tasks.cli.view import bar, counted, human
 from fledge_tasks.digest import short
 from fledge_tasks.errors import InputError
 
@@ -55,4 +55,4 @@ def export(context: Context, file: Path, names: tuple[str, ...], max_size: int |
         click.echo(f"left out: {entry.stage} {short(entry.key)}, {human(entry.size)}", err=True)
     size = human(sum(entry.size for entry in choice.chosen))
     packed = "" if str(file) == "-" else f", {human(file.stat().st_size)} compressed"
-    click.echo(f"{file}: {len(choice.chosen)} entries, {size}{packed}", err=True)
+    click.echo(f"{file}: {counted(len(choice.chosen), 'entry', 'entries')}, {size}{packed}", err=True)

@@ -10,7 +10,7 @@ import msgspec
 from fledge_tasks import collect
 from fledge_tasks.cli.cache.units import Age, Size
 from fledge_tasks.cli.context import Context
-from fledge_tasks.cli.view import human
+from fledge_tasks.cli.view import counted, human
 from fledge_tasks.collect import Collected
 from fledge_tasks.digest import short
 
@@ -60,7 +60,7 @@ def show(done: Collected, *, dry_run: bool, as_json: bool) -> None:
             f"would remove {each.stage or 'damaged'} {short(each.key)}, {human(each.allocated)}, last used {when}"
         )
     verb = "would remove" if dry_run else "removed"
-    click.echo(f"{verb} {len(done.removed)} entries, {human(removed)}")
+    click.echo(f"{verb} {counted(len(done.removed), 'entry', 'entries')}, {human(removed)}")
     reached = sum(each.key in done.reached for each in done.kept)
     held = sum(each.key in done.held - done.reached for each in done.kept)
     click.echo(

@@ -11,7 +11,7 @@ import click
 
 from fledge_tasks import archive
 from fledge_tasks.cli.context import Context
-from fledge_tasks.cli.view import bar
+from fledge_tasks.cli.view import bar, counted
 from fledge_tasks.digest import short
 from fledge_tasks.errors import InputError
 
@@ -41,6 +41,7 @@ def import_(context: Context, file: Path) -> int:
         store.close()
     for key, reason in done.refused.items():
         click.echo(f"refused: {short(key)}: {reason}", err=True)
-    counts = f"{len(done.added)} entries added, {len(done.known)} were there, {len(done.refused)} refused"
+    added = counted(len(done.added), "entry", "entries")
+    counts = f"{added} added, {len(done.known)} were there, {len(done.refused)} refused"
     click.echo(f"{store.root}: {counts}")
     return int(bool(done.refused))

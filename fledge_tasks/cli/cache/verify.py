@@ -6,6 +6,7 @@ import click
 import msgspec
 
 from fledge_tasks.cli.context import Context
+from fledge_tasks.cli.view import counted
 from fledge_tasks.digest import short
 
 
@@ -35,5 +36,7 @@ def verify(context: Context, *, repair: bool, as_json: bool) -> int:
         click.echo(msgspec.json.encode({"entries": len(keys), "damaged": damaged, "repaired": repair}))
     else:
         outcome = "set aside, to be built again" if repair else "damaged: --repair sets them aside"
-        click.echo(f"{len(keys)} entries checked, {len(damaged)} {outcome if damaged else 'damaged'}")
+        click.echo(
+            f"{counted(len(keys), 'entry', 'entries')} checked, {len(damaged)} {outcome if damaged else 'damaged'}"
+        )
     return int(bool(damaged) and not repair)
