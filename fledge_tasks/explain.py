@@ -24,7 +24,7 @@ _ORIGINS = {
     "preallocate": "[filesystem] preallocate",
     "format": "[output] format", "compression": "[output] compression",
     "epoch": "SOURCE_DATE_EPOCH, else the image's 'created'", "tools": "the host's tools", "config": "the OCI config",
-    "agent": "[agent]", "user": "[manifest]", "name": "[manifest] name", "image": "[source] image",
+    "agent": "[agent]", "name": "[manifest] name", "image": "[source] image",
     "image_digest": "the image", "rootfs": "where the workspace is", "checksum": "the image file",
 }  # fmt: skip
 _DERIVED = {"uuid", "salt", "layers", "filesystem"}  # follow from what is shown elsewhere
@@ -39,7 +39,8 @@ class Change(NamedTuple):
     origin: str
 
     def __str__(self) -> str:
-        values = " -> ".join("(none)" if value is None else _shown(value) for value in (self.old, self.new))
+        shown = _octal if self.what.endswith(" mode") else _shown
+        values = " -> ".join("(none)" if value is None else shown(value) for value in (self.old, self.new))
         return f"{self.what}: {values}" + (f" ({self.origin})" if self.origin else "")
 
 
@@ -170,6 +171,8 @@ def _values(text: str) -> dict[str, str]:
         field, number, below, value = match.groups()
         if number is not None and below is not None:
             items.setdefault(f"{field}[{number}]", {})[below] = value
+        elif field == "user":  # the table [manifest], JSON in a JSON string
+            values |= _leaves("manifest", json.loads(json.loads(value)))
         else:
             values[field if number is None else f"{field}[{number}]"] = value
     for name, item in items.items():
@@ -178,6 +181,13 @@ def _values(text: str) -> dict[str, str]:
             if below != "destination":
                 values[f"{title} {below}"] = value
     return values
+
+
+def _leaves(name: str, value: object) -> dict[str, str]:
+    """Return the values in a table and in those below it, as JSON, by the path of their key."""
+    if not isinstance(value, dict):
+        return {name: json.dumps(value)}
+    return {path: leaf for key, below in value.items() for path, leaf in _leaves(f"{name}.{key}", below).items()}
 
 
 def _changes(
@@ -194,6 +204,10 @@ def _changes(
         mapped = str((sources or {}).get(destination, "")) if destination else ""
         origin = f"[{table}] {key}" if key else _ORIGINS.get(field, "")
         yield Change(name, old.get(name), new.get(name), mapped or origin)
+
+
+def _octal(value: str) -> str:
+    return f"{int(value):04o}"
 
 
 def _shown(value: str) -> str:

@@ -112,8 +112,31 @@ def test_preallocate_concerns_the_image_file_alone(place: Place) -> None:
 def test_what_the_manifest_says(place: Place) -> None:
     edit(place, "[mappings]", '[manifest]\nversion = "2.0.0"\n[mappings]')
     assert misses(place) == ["manifest:web"]
-    [(what, _, new)] = changes(place, "manifest:web")
-    assert what == "user" and "2.0.0" in new
+    assert changes(place, "manifest:web") == [("manifest.version", None, '"2.0.0"')]
+
+
+def test_each_key_of_the_manifest_is_a_value(place: Place) -> None:
+    """However long the table is, the line shows what is different in it."""
+    table = '[manifest]\nhealth_check = { endpoint = "/a" }\n[manifest.workload]\nentrypoint = ["/bin/app"]\n'
+    labels = "".join(f'"label.{number}" = "{"x" * 40}"\n' for number in range(4))
+    edit(place, "[mappings]", f"{table}[manifest.labels]\n{labels}[mappings]")
+    place.build()
+    edit(place, '"/a"', '"/b"')
+    edit(place, '["/bin/app"]', '["/bin/app", "-v"]')
+    edit(place, f'"label.2" = "{"x" * 40}"\n', "")
+    assert changes(place, "manifest:web") == [
+        ("manifest.health_check.endpoint", '"/a"', '"/b"'),
+        ("manifest.labels.label.2", f'"{"x" * 40}"', None),
+        ("manifest.workload.entrypoint", '["/bin/app"]', '["/bin/app", "-v"]'),
+    ]
+    shown = place.fledge("explain").stdout
+    assert '      manifest.health_check.endpoint: "/a" -> "/b" ([manifest] health_check.endpoint)\n' in shown
+
+
+def test_modes_are_shown_in_octal(place: Place) -> None:
+    (place.root / "web" / "conf").chmod(0o755)
+    assert changes(place, "mkfs:web") == [("/srv/conf mode", "420", "493")]
+    assert f"      /srv/conf mode: 0644 -> 0755 ({place.root}/web/conf)\n" in place.fledge("explain").stdout
 
 
 def test_times(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
