@@ -151,6 +151,10 @@ class FilesystemError(FledgeError):
     """The filesystem cannot hold the tree, or cannot be made here."""
 
 
+class MountError(FilesystemError):
+    """This process may not mount, or has no loop device. Says nothing about the image."""
+
+
 class ManifestError(FledgeError):
     """What the user wants in the manifest is not true of the image that was built."""
 

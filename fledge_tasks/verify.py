@@ -3,7 +3,8 @@
 The image is read as others read it: ext4 by e2fsck and through libext2fs; xfs and btrfs, as root, by
 their own checkers and by Linux; squashfs and erofs by readers of our own, which share nothing with what made
 them; of a qcow2 what qemu-img makes of it. What it should hold is the merged tree of its layers, whose file
-data is in the payloads. What is wrong with an image is a value here, never an error.
+data is in the payloads. What is wrong with an image is a value here, never an error; that a type cannot be read
+here, since this process may not mount, is a MountError.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 from fledge_tasks import hash_tree, qcow2
 from fledge_tasks.digest import sha256_file
-from fledge_tasks.errors import CommandError, FilesystemError
+from fledge_tasks.errors import CommandError, FilesystemError, MountError
 from fledge_tasks.filesystems import (
     comparison,
     erofs_read,
@@ -155,13 +156,15 @@ def compare_tree(
 
     `payloads` are the files that the tree's sources stand for, `epoch` what the image was made with.
     Compared: names, types, modes, owners, times of change, sizes, content, targets, device numbers,
-    extended attributes, and which names share an inode. Raises OSError.
+    extended attributes, and which names share an inode. Raises OSError, MountError.
     """
     if kind == "ext4":
         ext4.add_lost_found(root, epoch)
     with ExitStack() as stack:
         try:
             found = stack.enter_context(_opened(image, kind))
+        except MountError:
+            raise
         except FilesystemError as error:
             yield Difference("", str(error))
             return
@@ -182,13 +185,15 @@ def _opened(image: Path, kind: str) -> AbstractContextManager[FoundImage]:
 
 
 def read_all(image: Path, kind: str = "ext4") -> Iterator[Difference]:
-    """Yield what cannot be read of an image of which no more is known. Raises OSError.
+    """Yield what cannot be read of an image of which no more is known. Raises OSError, MountError.
 
     The data of files are looked at where nothing but reading them shows whether they are whole.
     """
     try:
         with _opened(image, kind) as found:
             yield from _read_all(found, with_data=OPTIONS[kind].is_read_only)
+    except MountError:
+        raise
     except FilesystemError as error:
         yield Difference("", str(error))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shutil
 import string
@@ -25,7 +26,7 @@ from tests.layouts import Place
 from tests.test_ext4_images import odd
 from tests.tools import need
 from tests.trees import EPOCH, Built, Content, build, compared, tool, tree_of
-from tests.workspaces import sha256_of
+from tests.workspaces import Workspace, sha256_of
 
 
 @pytest.fixture(autouse=True)
@@ -320,6 +321,33 @@ def test_what_changed_since_the_build_is_told(place: Place) -> None:
     result = place.fledge("verify")
     assert result.code == 1
     assert "web: what goes in has changed since the image was made: run `fledge build web`" in result.stdout
+
+
+def test_what_may_not_be_mounted_here_is_not_called_wrong(tmp_path: Path) -> None:
+    """Whoever is not root gets the checksum and the checker's word on a btrfs image, and is told what is missing."""
+    need("mkfs.btrfs", "btrfs", "setpriv")
+    prefix = ["setpriv", "--bounding-set=-sys_admin"] if os.geteuid() == 0 else []
+    place = Workspace(tmp_path / "w", tmp_path, prefix=prefix)
+    place.root.mkdir()
+    file = place.root / "rootfs.img"
+    with open(file, "wb") as image:
+        image.truncate(128 << 20)
+    tool("mkfs.btrfs", "-q", file)
+    described = {"rootfs": {"checksum": sha256_of(file)}, "labels": {"volant.rootfs_fstype": "btrfs"}}
+    (place.root / "manifest.json").write_text(json.dumps(described))
+    result = place.fledge("verify", str(file))
+    assert (result.code, result.stderr) == (1, "")
+    assert result.stdout == (
+        "rootfs.img: cannot be mounted here: a mount namespace of our own cannot be had: Operation not permitted:"
+        f" xfs and btrfs are read by root alone\n"
+        f"rootfs.img: {file} is what its manifest says, but its entries were not looked at\n"
+    )
+    [image] = json.loads(place.fledge("verify", str(file), "--json").stdout)["images"]
+    assert (image["compared"], image["differences"]) == (False, [])
+    assert "mount namespace" in image["unread"]
+    described["rootfs"] = {"checksum": "sha256:0"}
+    (place.root / "manifest.json").write_text(json.dumps(described))
+    assert "is not what it should be: 1 difference\n" in place.fledge("verify", str(file)).stdout
 
 
 def test_an_image_that_is_not_there(place: Place) -> None:

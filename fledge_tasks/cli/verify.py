@@ -17,7 +17,7 @@ from fledge_tasks import stages
 from fledge_tasks.cli.context import Context
 from fledge_tasks.cli.view import counted
 from fledge_tasks.config import ImageConfig
-from fledge_tasks.errors import InputError
+from fledge_tasks.errors import InputError, MountError
 from fledge_tasks.filesystems.comparison import Difference
 from fledge_tasks.filesystems.options import OPTIONS
 from fledge_tasks.manifest import ROOT_HASH
@@ -40,13 +40,17 @@ from fledge_tasks.workspace import MANIFEST_NAME, TREE_NAME
 _SHOWN = 100
 
 
-class Verified(msgspec.Struct):
-    """One image file. `compared` tells whether its tree was known, and not only the manifest."""
+class Verified(msgspec.Struct, omit_defaults=True):
+    """One image file. `compared` tells whether its tree was known, and not only the manifest.
+
+    `unread` is why this host could not look into it, which says nothing about the image.
+    """
 
     name: str
     image: str
     compared: bool
     differences: list[Difference]
+    unread: str | None = None
 
 
 @click.command()
@@ -63,7 +67,7 @@ def verify(context: Context, images: tuple[str, ...], manifest: Path | None, as_
 
     By default all of the workspace. Of a FILE that came from elsewhere, the checksum and the structure
     are checked, and the entries, too, if the workspace has the image that its manifest names. Exit code
-    1 means that something differs.
+    1 means that something differs, or could not be looked at: xfs and btrfs are read by root alone.
     """
     names = [name for name in images if not _is_file(name)]
     files = [Path(name) for name in images if _is_file(name)]
@@ -87,7 +91,7 @@ def verify(context: Context, images: tuple[str, ...], manifest: Path | None, as_
     else:
         for each in verified:
             _show(each)
-    return int(any(each.differences for each in verified))
+    return int(any(each.differences or each.unread for each in verified))
 
 
 def _is_file(name: str) -> bool:
@@ -103,25 +107,32 @@ def _verify_image(planner: Planner, image: ImageConfig) -> Verified:
     kind = image.filesystem.type
     is_current = key_of(file) == plan.assemble.key()
     if is_current:
-        differences = _look(file, manifest, kind, partial(_compare, planner, plan))
+        differences, unread = _look(file, manifest, kind, partial(_compare, planner, plan))
     else:
         message = f"what goes in has changed since the image was made: run `fledge build {image.name}`"
-        differences = [Difference("", message), *_look(file, manifest, kind, partial(read_all, kind=kind))]
+        found, unread = _look(file, manifest, kind, partial(read_all, kind=kind))
+        differences = [Difference("", message), *found]
     if image.output.verity and label(manifest, ROOT_HASH) is None:
         differences.append(Difference("", f"the manifest has no root hash: run `fledge build {image.name}`"))
-    return Verified(image.name, str(file), is_current, differences)
+    return Verified(image.name, str(file), is_current and not unread, differences, unread)
 
 
-def _look(file: Path, manifest: Path, kind: str, compare: Callable[[Path], Iterable[Difference]]) -> list[Difference]:
-    """Return what is wrong with an image file, and what `compare` finds in its raw form."""
+def _look(
+    file: Path, manifest: Path, kind: str, compare: Callable[[Path], Iterable[Difference]]
+) -> tuple[list[Difference], str | None]:
+    """Return what is wrong with an image file, and what `compare` finds in its raw form; and why it could not look."""
     differences = [*check_manifest(file, manifest)]
     if broken := list(check_disk(file)):
-        return differences + broken
+        return differences + broken, None
     with raw_of(file) as raw:
         if raw != file:
             differences += check_raw(raw, manifest)
         differences += check_tree(raw, file.with_name(TREE_NAME), manifest)
-        return [*differences, *check_structure(raw, kind), *compare(raw)]
+        differences += check_structure(raw, kind)
+        try:
+            return [*differences, *compare(raw)], None
+        except MountError as error:
+            return differences, error.message
 
 
 def _verify_file(context: Context, file: Path, manifest: Path) -> Verified:
@@ -131,8 +142,8 @@ def _verify_file(context: Context, file: Path, manifest: Path) -> Verified:
     kind = _type_in(manifest)
     found = _named_in(context, manifest)
     compare = partial(_compare, *found) if found else partial(read_all, kind=kind)
-    differences = _look(file, manifest, kind, compare)
-    return Verified(file.name, str(file), found is not None, differences)
+    differences, unread = _look(file, manifest, kind, compare)
+    return Verified(file.name, str(file), found is not None and not unread, differences, unread)
 
 
 def _type_in(manifest: Path) -> str:
@@ -182,11 +193,15 @@ def _busy(name: str) -> Iterator[None]:
 def _show(verified: Verified) -> None:
     for difference in verified.differences[:_SHOWN]:
         click.echo(f"{verified.name}: {difference}")
+    if verified.unread:
+        click.echo(f"{verified.name}: cannot be mounted here: {verified.unread}: xfs and btrfs are read by root alone")
     count = len(verified.differences)
     if count > _SHOWN:
         click.echo(f"{verified.name}: ... and {count - _SHOWN} more")
     if count:
         click.echo(f"{verified.name}: {verified.image} is not what it should be: {counted(count, 'difference')}")
+    elif verified.unread:
+        click.echo(f"{verified.name}: {verified.image} is what its manifest says, but its entries were not looked at")
     else:
         known = "holds what it should" if verified.compared else "is what its manifest says, and can be read"
         click.echo(f"{verified.name}: {verified.image} {known}")

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fledge_tasks.errors import FilesystemError
+from fledge_tasks.errors import FilesystemError, MountError
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNS = 0x00020000
@@ -31,11 +31,11 @@ _ATTEMPTS = 50
 
 
 def unshare_mounts() -> None:
-    """Give this process a mount namespace of its own, from which nothing spreads. Raises FilesystemError."""
+    """Give this process a mount namespace of its own, from which nothing spreads. Raises MountError."""
     if _libc.unshare(_CLONE_NEWNS) != 0:
-        raise _failed("a mount namespace of our own cannot be had")
+        raise _failed("a mount namespace of our own cannot be had", MountError)
     if _libc.mount(b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None) != 0:
-        raise _failed("mounts cannot be made private")
+        raise _failed("mounts cannot be made private", MountError)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def mounted(image: int, kind: str, at: Path, options: str, *, read_only: bool = 
     """Mount the image file of a descriptor at the folder `at`.
 
     `unshare_mounts` comes first. When the block ends everything is written to the image, and
-    neither mount nor device is left. Raises FilesystemError.
+    neither mount nor device is left. Raises FilesystemError, MountError when there is no loop device.
     """
     device, fd = _loop_device(image, read_only=read_only)
     try:
@@ -106,7 +106,7 @@ def _loop_device(image: int, *, read_only: bool) -> tuple[str, int]:
     try:
         control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise FilesystemError(f"there are no loop devices here: {error.strerror}") from None
+        raise MountError(f"there are no loop devices here: {error.strerror}") from None
     flags = _LO_FLAGS_AUTOCLEAR | _LO_FLAGS_READ_ONLY * read_only
     try:
         for _ in range(_ATTEMPTS):
@@ -125,11 +125,11 @@ def _loop_device(image: int, *, read_only: bool) -> tuple[str, int]:
                 continue
             return device, fd
     except OSError as error:
-        raise FilesystemError(f"a loop device cannot be had: {error.strerror}") from None
+        raise MountError(f"a loop device cannot be had: {error.strerror}") from None
     finally:
         os.close(control)
-    raise FilesystemError("no loop device is free")
+    raise MountError("no loop device is free")
 
 
-def _failed(what: str) -> FilesystemError:
-    return FilesystemError(f"{what}: {os.strerror(ctypes.get_errno())}", hint="this needs root (CAP_SYS_ADMIN)")
+def _failed(what: str, kind: type[FilesystemError] = FilesystemError) -> FilesystemError:
+    return kind(f"{what}: {os.strerror(ctypes.get_errno())}", hint="this needs root (CAP_SYS_ADMIN)")

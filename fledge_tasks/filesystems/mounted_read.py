@@ -97,7 +97,10 @@ class MountedImage:
 
 @contextlib.contextmanager
 def opened(image: Path, kind: str) -> Iterator[MountedImage]:
-    """Mount an image read-only; this process gets a mount namespace of its own. Raises FilesystemError, OSError."""
+    """Mount an image read-only; this process gets a mount namespace of its own. Raises FilesystemError, OSError.
+
+    MountError where this process cannot mount anything.
+    """
     fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with tempfile.TemporaryDirectory(prefix="fledge-") as at:
