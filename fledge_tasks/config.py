@@ -184,6 +184,9 @@ manifest, and a folder's name that cannot be the image's.
 """
 
 
+_WRAPPED = "the file is that table: [manifest.workload] is [workload] here, and what is in [manifest] is at the top"
+
+
 def load(path: Path, shown: str) -> ImageConfig:
     """Read the fledge.toml at `path`, which messages call `shown`.
 
@@ -200,7 +203,9 @@ def load(path: Path, shown: str) -> ImageConfig:
             problems.append(Problem(shown, "manifest", f"found this table and {shown_beside}, expected one of them"))
         try:
             user = _parse(beside, shown_beside)
-            problems.extend(Problem(shown_beside, *finding) for finding in check(user))
+            for key, message, hint in check(user):
+                is_wrapped = key == "manifest"
+                problems.append(Problem(shown_beside, key, message, _WRAPPED if is_wrapped else hint))
         except ConfigError as error:
             problems.extend(error.problems)
     name = path.parent.name

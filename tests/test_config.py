@@ -204,6 +204,12 @@ def test_two_manifests(folder: Path) -> None:
     ]
 
 
+def test_a_manifest_file_is_the_table_itself(folder: Path) -> None:
+    first, hint = problems(folder, MINIMAL, '[manifest]\nname = "web"\n[manifest.resources]\nmemory_mb = 64\n')
+    assert first.startswith("web/manifest.toml: manifest: unknown key, allowed here: ")
+    assert hint.startswith("  hint: the file is that table: [manifest.workload] is [workload] here")
+
+
 def test_a_bom_is_no_mistake(folder: Path) -> None:
     assert load(folder, b"\xef\xbb\xbf" + MINIMAL.encode()).name == "web"
 
