@@ -176,6 +176,8 @@ def _started(
             _end(process)
             if feeder:
                 feeder.join()
+            if process.stdout:  # open still when a held signal was raised
+                process.stdout.close()
             raise
         if isinstance(error, FileNotFoundError):
             raise ToolError(

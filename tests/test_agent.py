@@ -604,7 +604,7 @@ def test_local_agent(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("gone", "No such file"), (".", "not a regular file"), ("a\0b", "null byte")]
+    ("path", "message"), [("gone", "No such file"), (".", "not a regular file"), ("a\0b", "embedded null")]
 )
 def test_bad_local_agent(tmp_path: Path, path: str, message: str) -> None:
     with pytest.raises(AgentError, match=message):

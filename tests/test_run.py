@@ -322,3 +322,20 @@ def test_it_does_not_outlive_the_block(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_program_that_is_not_there_cannot_run_beside_us() -> None:
     with pytest.raises(ToolError, match="fledge-no-such-program is not installed"), running(["fledge-no-such-program"]):
         pytest.fail("it runs")
+
+
+def test_a_signal_in_the_midst_of_starting_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def interrupted_popen(*argv: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*argv, **options))
+        os.kill(os.getpid(), signal.SIGTERM)  # held until the program is noted
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted_popen)
+    with interruptible(), pytest.raises(Interrupted):
+        sh("sleep 60")
+    process = started[0]
+    assert process.returncode == -signal.SIGTERM
+    assert process.stdout is not None and process.stdout.closed
