@@ -148,7 +148,7 @@ _AGENT = Variants(
 
 SOURCE = Table(
     {
-        "image": matching(r"[^\s\x00-\x1f\x7f]+", 'an image reference such as "nginx:alpine"'),
+        "image": matching(r"[^\s\x00-\x1f\x7f]+( +[^\s\x00-\x1f\x7f]+)*", 'an image reference such as "nginx:alpine"'),
         "platform": matching(r"linux/[a-z0-9_]+(/[a-z0-9_.]+)?", 'a platform such as "linux/amd64" or "linux/arm/v7"'),
     },
     required=("image",),

@@ -90,7 +90,7 @@ def test_every_key(folder: Path) -> None:
 version = "1"
 strategy = "oci_rootfs"
 [source]
-image = "oci:layout:tag"
+image = "oci:my layouts/layout:tag"
 platform = "linux/arm64/v8"
 [filesystem]
 type = "btrfs"
@@ -119,7 +119,7 @@ verity = true
 """ % ("AB" * 32)
     image = load(folder, content)
     assert image.name == "Web.1_x-y"
-    assert image.source == Source("oci:layout:tag", "linux/arm64/v8")
+    assert image.source == Source("oci:my layouts/layout:tag", "linux/arm64/v8")
     assert (image.filesystem, image.preallocate) == (Filesystem("btrfs", 0), False)
     assert image.mappings == (
         Mapping("one", "/usr/share/"),
@@ -294,7 +294,8 @@ def test_an_empty_file(folder: Path) -> None:
         ('"ext4"', '"EXT4"', 'filesystem.type: found string "EXT4", expected the string "ext4", "xfs", "btrfs", "squ'),
         ('"ext4"', "{}", "filesystem.type: found a table, expected the string"),
         ('"nginx:alpine"', '""', "source.image: found an empty string, expected an image reference"),
-        ('"nginx:alpine"', '"a b"', 'source.image: found string "a b", expected an image reference'),
+        ('"nginx:alpine"', '"a "', 'source.image: found string "a ", expected an image reference'),
+        ('"nginx:alpine"', '"a\\tb"', 'source.image: found string "a\\tb", expected an image reference'),
         ('"nginx:alpine"', '"a\\u0007"', 'source.image: found string "a\\u0007", expected an image reference'),
         ('"nginx:alpine"', "5", "source.image: found integer 5, expected an image reference"),
         ('"nginx:alpine"', '"x"\nplatform = "linux"', 'source.platform: found string "linux", expected a platform'),
