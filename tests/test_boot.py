@@ -297,6 +297,37 @@ def test_where_the_manifest_says(place: Place, qemu: FakeQemu) -> None:
     assert qemu.calls()[0][qemu.calls()[0].index("-netdev") + 1].endswith("-:99")
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "asked"),
+    [
+        # A URL in a query does not make a URL of all.
+        ("/health?of=http://db/", "/health?of=http://db/ at port 8080"),
+        ("http://10.0.2.15:99/up", "/up at port 99"),
+        ("/gesünder als/%C3%BC\\u0001", "/ges%C3%BCnder%20als/%C3%BC%01 at port 8080"),
+    ],
+)
+def test_an_odd_endpoint(place: Place, qemu: FakeQemu, endpoint: str, asked: str) -> None:
+    built(place, more=f'[manifest.health_check]\nendpoint = "{endpoint}"\n')
+    qemu.does("up(); serve(200)")
+    assert place.fledge("boot", "web", "--json").summary["text"] == f"GET {asked}: 200 Said"
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        ('health_check = { endpoint = "http://[::1/" }', "health_check.endpoint: Invalid IPv6 URL"),
+        ('health_check = { endpoint = "http://hüst/" }', "health_check.endpoint: no server can be asked for as 'hüst'"),
+        ('workload = { base_url = "http://[::1/" }', "workload.base_url: Invalid IPv6 URL"),
+        ('workload = { base_url = "http://a:99999/" }', "workload.base_url: Port out of range 0-65535"),
+    ],
+)
+def test_a_url_that_is_none(place: Place, qemu: FakeQemu, more: str, error: str) -> None:
+    built(place, more=f"[manifest]\n{more}\n")
+    result = place.fledge("boot", "web")
+    assert (result.code, qemu.calls()) == (1, [])
+    assert result.stderr.startswith(f"error: web: {error}\n")
+
+
 def test_it_is_asked_again_until_it_answers(place: Place, qemu: FakeQemu) -> None:
     built(place)
     qemu.does("""

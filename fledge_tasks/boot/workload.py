@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 from fledge_tasks.errors import BootError
 from fledge_tasks.manifest import lowest_tcp_port
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """What a workload without a PATH gets, as from Docker."""
+
+_BEGINS_WITH_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")  # RFC 3986, 3.1
+_SAID_AS_IS = string.punctuation  # an escape that is there already is one
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,8 @@ class Check:
 
     @property
     def target(self) -> str:
-        """What is asked for."""
-        return f"{self.url.path or '/'}{'?' if self.url.query else ''}{self.url.query}"
+        """What is asked for. What HTTP cannot say as it is, as letters beyond ASCII, is escaped (RFC 3986, 2.1)."""
+        return quote(f"{self.url.path or '/'}{'?' if self.url.query else ''}{self.url.query}", safe=_SAID_AS_IS)
 
     def accepts(self, status: int) -> bool:
         """Tell whether an answer of this status is that of a healthy workload."""
@@ -93,10 +98,14 @@ def _serves(asked: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
 def _check(manifest: Mapping[str, Any], asked: Mapping[str, Any]) -> Check:
     base = manifest["workload"]["base_url"]
     endpoint = manifest["health_check"]["endpoint"]
-    url = urlsplit(endpoint if "://" in endpoint else f"{base.rstrip('/')}/{endpoint.lstrip('/')}")
+    is_whole = _BEGINS_WITH_SCHEME.match(endpoint) is not None
+    where = f"{manifest['name']}: {'health_check.endpoint' if is_whole else 'workload.base_url'}"
     try:
+        url = urlsplit(endpoint if is_whole else f"{base.rstrip('/')}/{endpoint.lstrip('/')}")
         port = url.port or {"https": 443}.get(url.scheme, 80)
     except ValueError as error:
-        raise BootError(str(error), where=f"{manifest['name']}: workload.base_url") from None
+        raise BootError(str(error), where=where) from None
+    if not url.netloc.isascii():
+        raise BootError(f"no server can be asked for as {url.netloc!r}", where=where, hint="write its name in ASCII")
     timeout = manifest["health_check"]["timeout_ms"] / 1000
     return Check(url, port, timeout, is_derived="endpoint" not in asked.get("health_check", ()))
