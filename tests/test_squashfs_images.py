@@ -259,15 +259,51 @@ def test_damaged_data_is_told(tmp_path: Path) -> None:
     assert any("cut short" in said for said in compared(changed, tree_of(content), tmp_path))
 
 
+def test_a_fragment_that_is_not_there(tmp_path: Path) -> None:
+    content = Content()
+    content.file(b"f", b"fragment")
+    built = made(tmp_path, content)
+    whole = bytearray(built.image.read_bytes())
+    whole[16:20] = bytes(4)  # the superblock's count of them
+    (tmp_path / "changed").write_bytes(whole)
+    assert compared(tmp_path / "changed", tree_of(content), tmp_path) == [
+        "/f: content cannot be read: there is no fragment 0"
+    ]
+
+
+@pytest.mark.parametrize("compression", ["gzip", "xz"])
+def test_streams_are_read_to_their_end(tmp_path: Path, compression: str) -> None:
+    """Linux gives no byte of a block whose checksum is wrong."""
+    content = Content()
+    content.file(b"f", b"".join(b"%d" % number for number in range(30_000))[: 1 << 17])
+    built = made(tmp_path, content, compression)
+    whole = bytearray(built.image.read_bytes())
+    with squashfs_read.opened(built.image) as image:
+        file = image.inode(image.names(image.root)[b"f"][0])
+        data = image._files[file.number]
+    end = data.places[0] + data.sizes[0]
+    # What tells that the data end stands before a checksum (RFC 1950, 1951), or before that, an index and a footer.
+    whole[end - (5 if compression == "gzip" else 4 + 8 + 12)] ^= 0x55
+    (tmp_path / "changed").write_bytes(whole)
+    for found in (
+        compared(tmp_path / "changed", tree_of(content), tmp_path),
+        read_all(tmp_path / "changed", "squashfs"),
+    ):
+        assert [str(each).partition(": a block")[0] for each in found] in (
+            ["/f: content cannot be read"], ["/f: cannot be read"]
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("at", "data", "message"),
     [(0, b"\0", "no squashfs superblock"), (28, b"\3", "squashfs 3.0 with compression 6, which is unknown here"),
-     (20, b"\2", "squashfs 4.0 with compression 2, which is unknown here")],
+     (20, b"\2", "squashfs 4.0 with compression 2, which is unknown here"),
+     (12, b"\0\0\0\x80" + bytes(4) + b"\6\0\x1f", "blocks of 2^31 bytes, which Linux does not read")],
 )  # fmt: skip
 def test_superblocks_that_are_not_ours(
     image: tuple[Content, Built, Path], tmp_path: Path, at: int, data: bytes, message: str
 ) -> None:
     whole = image[1].image.read_bytes()
     changed = tmp_path / "changed"
-    changed.write_bytes(whole[:at] + data + whole[at + 1 :])
+    changed.write_bytes(whole[:at] + data + whole[at + len(data) :])
     assert [str(found) for found in read_all(changed, "squashfs")] == [message]

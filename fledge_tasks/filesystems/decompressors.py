@@ -19,17 +19,33 @@ _XZ_MEMORY_BYTES = 64 << 20  # a dictionary is as large as a block at most, and 
 
 
 def _gzip(data: bytes, limit: int) -> bytes:
+    stream = zlib.decompressobj()
     try:
-        return zlib.decompressobj().decompress(data, limit)
+        found = stream.decompress(data, limit)
+        # A stream that came to its limit has not been looked at to its end, where its checksum is.
+        more = b"" if stream.eof else stream.decompress(stream.unconsumed_tail, 1)
     except zlib.error as error:
         raise _damaged(str(error)) from None
+    return _whole(found, more, is_at_end=stream.eof)
 
 
 def _xz(data: bytes, limit: int) -> bytes:
+    stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES)
     try:
-        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES).decompress(data, limit)
+        found = stream.decompress(data, limit)
+        more = b"" if stream.eof else stream.decompress(b"", 1)
     except lzma.LZMAError as error:
         raise _damaged(str(error)) from None
+    return _whole(found, more, is_at_end=stream.eof)
+
+
+def _whole(found: bytes, more: bytes, *, is_at_end: bool) -> bytes:
+    """Return what was found in a stream, if there is no more of it and it has an end, as Linux wants it to."""
+    if more:
+        raise _damaged(f"more than the {len(found)} bytes that belong there")
+    if not is_at_end:
+        raise _damaged("it is cut short")
+    return found
 
 
 def _zstd(data: bytes, limit: int) -> bytes:

@@ -29,6 +29,7 @@ from fledge_tasks.oci.layer_index import BLOCK_BYTES, Kind
 _MAGIC = 0x73717368
 _SUPERBLOCK = struct.Struct("<IIIIIHHHHHHQQQQQQQQ")
 _COMPRESSIONS = {1: "gzip", 3: "lzo", 4: "xz", 5: "lz4", 6: "zstd"}
+_BLOCK_LOGS = range(12, 21)  # 4 KiB to 1 MiB
 _METADATA_BYTES = 8192
 _METADATA_PLAIN, _DATA_PLAIN = 1 << 15, 1 << 24
 _NONE, _NOWHERE = 0xFFFFFFFF, (1 << 64) - 1
@@ -66,6 +67,8 @@ class SquashfsImage:
          xattr_table, self._inode_table, self._folder_table, fragment_table, _) = _SUPERBLOCK.unpack(head)  # fmt: skip
         if (major, minor) != (4, 0) or compression not in _COMPRESSIONS or self._block_bytes != 1 << block_log:
             raise FilesystemError(f"squashfs {major}.{minor} with compression {compression}, which is unknown here")
+        if block_log not in _BLOCK_LOGS:
+            raise FilesystemError(f"blocks of 2^{block_log} bytes, which Linux does not read")
         if used > os.fstat(fd).st_size:
             raise FilesystemError(f"cut short: the superblock tells of {used} bytes")
         self._decompress = DECOMPRESSORS[_COMPRESSIONS[compression]]
@@ -197,6 +200,8 @@ class SquashfsImage:
         """Return one block of a file, its last one as long as the file has it."""
         length = min(self._block_bytes, file.size - number * self._block_bytes)
         if number >= len(file.sizes):
+            if file.fragment >= len(self._fragments):
+                raise FilesystemError(f"there is no fragment {file.fragment}")
             start, size = self._fragments[file.fragment]
             return self._data(start, size)[file.offset : file.offset + length]
         size = file.sizes[number]
