@@ -259,6 +259,16 @@ def test_damaged_data_is_told(tmp_path: Path) -> None:
     assert any("cut short" in said for said in compared(changed, tree_of(content), tmp_path))
 
 
+@pytest.mark.parametrize("at", [*range(40, 43), *range(48, 96)])
+def test_tables_that_linux_would_not_find(image: tuple[Content, Built, Path], tmp_path: Path, at: int) -> None:
+    """Each has to end where the next one begins: what is changed are the used bytes, and places of tables."""
+    content, built, place = image
+    whole = bytearray(built.image.read_bytes())
+    whole[at] ^= 0x10
+    (tmp_path / "changed").write_bytes(whole)
+    assert compared(tmp_path / "changed", tree_of(content), place) != []
+
+
 def test_a_fragment_that_is_not_there(tmp_path: Path) -> None:
     content = Content()
     content.file(b"f", b"fragment")

@@ -63,8 +63,10 @@ class SquashfsImage:
         head = os.pread(fd, _SUPERBLOCK.size, 0)
         if len(head) < _SUPERBLOCK.size or head[:4] != struct.pack("<I", _MAGIC):
             raise FilesystemError("no squashfs superblock")
-        (_, _, _, self._block_bytes, fragments, compression, block_log, _, ids, major, minor, self.root, used, id_table,
-         xattr_table, self._inode_table, self._folder_table, fragment_table, _) = _SUPERBLOCK.unpack(head)  # fmt: skip
+        (_, inodes, _, self._block_bytes, fragments, compression, block_log, _, ids, major, minor, self.root, used,
+         id_table, xattr_table, self._inode_table, self._folder_table, fragment_table, lookup_table) = (
+            _SUPERBLOCK.unpack(head)
+        )  # fmt: skip
         if (major, minor) != (4, 0) or compression not in _COMPRESSIONS or self._block_bytes != 1 << block_log:
             raise FilesystemError(f"squashfs {major}.{minor} with compression {compression}, which is unknown here")
         if block_log not in _BLOCK_LOGS:
@@ -75,12 +77,19 @@ class SquashfsImage:
         self._metadata = functools.lru_cache(_CACHED_BLOCKS)(self._read_metadata)
         self._data = functools.lru_cache(8)(self._read_data)
         self._files: dict[int, _File] = {}
-        self._ids = struct.unpack(f"<{ids}I", self._table(id_table, ids * 4))
-        self._fragments = list(struct.iter_unpack("<QI4x", self._table(fragment_table, fragments * 16)))
+        # From the last table to the first: Linux wants each to end where the next one begins (fs/squashfs/super.c).
+        self._used = self._next_table = used
         self._xattr_table, self._xattr_ids = 0, list[tuple[int, int, int]]()
         if xattr_table != _NOWHERE:
             self._xattr_table, count = struct.unpack("<QI4x", self._exactly(xattr_table, 16))
             self._xattr_ids = list(struct.iter_unpack("<QII", self._table(xattr_table + 16, count * 16)))
+            self._next_table = self._xattr_table
+        self._ids = struct.unpack(f"<{ids}I", self._table(id_table, ids * 4))
+        if lookup_table != _NOWHERE:  # of inodes by number, for NFS
+            self._table(lookup_table, inodes * 8)
+        self._fragments = list(struct.iter_unpack("<QI4x", self._table(fragment_table, fragments * 16)))
+        if not self._inode_table < self._folder_table <= self._next_table:
+            raise FilesystemError("its tables do not follow each other")
 
     def inode(self, number: int) -> Found:
         """Return an inode."""
@@ -229,9 +238,14 @@ class SquashfsImage:
         return found
 
     def _table(self, at: int, length: int) -> bytes:
-        """Return a table that is found by a list of the places of its metadata blocks."""
+        """Return a table that is found by a list of the places of its metadata blocks, and stands before it."""
         count = -(-length // _METADATA_BYTES)
+        if not count:
+            return b""
+        if at + count * 8 != self._next_table:
+            raise FilesystemError("its tables do not follow each other")
         places = struct.unpack(f"<{count}Q", self._exactly(at, count * 8))
+        self._next_table = places[0]
         return b"".join(self._metadata(place)[0] for place in places)[:length]
 
     def _reader(self, table: int, reference: int) -> _Reader:
@@ -249,7 +263,7 @@ class SquashfsImage:
         return self._metadata(at)
 
     def _exactly(self, at: int, length: int) -> bytes:
-        data = os.pread(self._fd, length, at) if at < 1 << 63 else b""
+        data = os.pread(self._fd, length, at) if at + length <= self._used else b""
         if len(data) < length:
             raise FilesystemError(f"{length} bytes at {at} lie outside of the image")
         return data
