@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import re
 import uuid
 from bisect import bisect_right
@@ -15,12 +16,16 @@ from fledge_tasks.filesystems.loopmount import Mount
 from fledge_tasks.filesystems.options import OPTIONS
 from fledge_tasks.filesystems.parameters import Filled, Parameters
 from fledge_tasks.filesystems.sizing import MIB, btrfs_bytes
-from fledge_tasks.oci.layer_index import BLOCK_BYTES
+from fledge_tasks.oci.layer_index import BLOCK_BYTES, Entry
 from fledge_tasks.run import run
 from fledge_tasks.tools import MKFS_BTRFS
-from fledge_tasks.tree import Inode
+from fledge_tasks.tree import Inode, show, walk
 
 MIN_BYTES = OPTIONS["btrfs"].min_mb * MIB
+
+_NODE_BYTES = 16_384  # mkfs.btrfs's own choice, or a page where that is larger
+# An attribute is one item: struct btrfs_header, btrfs_item, btrfs_dir_item (BTRFS_MAX_XATTR_SIZE in fs/btrfs/ctree.h).
+_AROUND_XATTR_BYTES = 101 + 25 + 30
 
 _CHUNK = re.compile(r"CHUNK_ITEM (\d+)\).*?length (\d+).*?stripe 0 devid 1 offset (\d+)", re.DOTALL)
 
@@ -32,10 +37,24 @@ def make(root: Inode, parameters: Parameters, payloads: Mapping[int, Path], imag
     being filled it has twice the room: where there is little, Linux writes metadata out again and
     again, and takes nine times as long.
     """
+    for path, inode in walk(root):
+        # Linux says of it what it says of a filesystem that is full.
+        if reason := refusal(inode.entry, parameters):
+            raise FilesystemError(reason, where=show(path), hint="choose xfs, which holds 64 KiB, or erofs")
     kind = mounted.Type(
         "btrfs", mkfs, "max_inline=0,nodiscard", MIN_BYTES, True, btrfs_bytes, 0, _translate, _settle, _resize, _finish
     )
     return mounted.make(kind, root, parameters, payloads, image, scratch)
+
+
+def refusal(entry: Entry, parameters: Parameters) -> str | None:
+    """Return why btrfs cannot hold an entry, None if it can."""
+    most = _node_bytes(parameters) - _AROUND_XATTR_BYTES
+    for name, value in entry.xattrs.items():
+        if len(name) + len(value) > most:
+            shown = name.decode(errors="backslashreplace")
+            return f"has the extended attribute {shown} of {len(name) + len(value)} bytes, and btrfs holds {most}"
+    return None
 
 
 def mkfs(
@@ -63,6 +82,10 @@ def mkfs(
     label = ["-L", parameters.label] if parameters.label else []
     options = ["-q", "-f", "--nodiscard", "-s", str(BLOCK_BYTES), "-m", "single", "-d", "single"]
     run(["mkfs.btrfs", *options, *features, *mixed, *label, *more, image], env=env, cwd=cwd)
+
+
+def _node_bytes(parameters: Parameters) -> int:
+    return BLOCK_BYTES if "mixed-bg" in parameters.features else max(_NODE_BYTES, mmap.PAGESIZE)
 
 
 def _settle(mount: Mount) -> None:

@@ -40,7 +40,7 @@ def make(root: Inode, parameters: Parameters, payloads: Mapping[int, Path], imag
         raise FilesystemError(text, where=show(b""), hint=rootless.WAY_OUT)
     kind = rootless.Type(
         "btrfs",
-        lambda _, entry: _refusal(entry, version),
+        lambda _, entry: btrfs.refusal(entry, parameters) or _refusal(entry, version),
         _is_taken,
         False,
         _populate,

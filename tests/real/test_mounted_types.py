@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from fledge_tasks.filesystems import btrfs, options, xfs
-from tests.layers import Member, folder, symlink
+from tests.layers import Member, symlink
+from tests.layers import folder as directory
 from tests.layouts import Layout
 from tests.real.compare import compare_trees
 from tests.real.images import Images
@@ -214,7 +215,7 @@ ODD = [
     Member("null", type=b"3", mode=0o666, rdev=(1, 3)), Member("block", type=b"4", mode=0o660, rdev=(259, 70_000)),
     Member("fifo", type=b"6", mode=0o620),
     Member("hard", type=b"1", link="plain"),
-    folder("deep", 0o1777), *(folder("deep" + "/d" * depth) for depth in range(1, 300)),
+    directory("deep", 0o1777), *(directory("deep" + "/d" * depth) for depth in range(1, 300)),
     Member("deep" + "/d" * 299 + "/end", b"end"),
     Member("empty"), Member("zeros", bytes(50_000)),
 ]  # fmt: skip
@@ -238,6 +239,28 @@ def test_odd_members(folder: Path, kind: str) -> None:
     assert result.code == 1
     assert "/hard: mode is 0600, and should be 4755" in result.stdout  # the first name of that inode
     assert "/attributes: content differs at byte 0" in result.stdout
+
+
+def built(folder: Path, kind: str, *layers: list[Member], more: str = "") -> Workspace:
+    place = Workspace(folder / "w", folder)
+    Layout(place.root / "layouts" / "odd").write(*layers)
+    place.add("odd", "oci:../layouts/odd", buffer_mb=1)
+    set_kind(place, "odd", kind)
+    file = place.root / "odd" / "fledge.toml"
+    file.write_text(file.read_text().replace("[mappings]", f"{more}\n[mappings]"))
+    place.build()
+    return place
+
+
+def test_an_attribute_that_btrfs_cannot_hold(folder: Path) -> None:
+    """Linux calls it a full filesystem, and no size would do."""
+    most = 16_384 - 101 - 25 - 30
+    place = built(folder, "btrfs", [Member("file", xattrs={"user.a": b"v" * (most - 6)})])
+    Layout(place.root / "layouts" / "odd").write([Member("file", xattrs={"user.a": b"v" * (most - 5)})])
+    result = place.fledge("build")
+    assert result.code == 1
+    assert f"error: mkfs:odd: /file: has the extended attribute user.a of {most + 1} bytes, and btrfs" in result.stderr
+    assert held_by_us(folder) == []
 
 
 def test_what_xfs_cannot_hold_is_named(folder: Path) -> None:
