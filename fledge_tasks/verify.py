@@ -62,8 +62,8 @@ _CHECKERS = {
     "ext4": ("e2fsck", "-fn"), "xfs": ("xfs_repair", "-n", "-f"), "btrfs": ("btrfs", "check", "--readonly"),
     "erofs": ("fsck.erofs",),
 }  # fmt: skip
-_TIMES: dict[str, Callable[[int], int]] = {"squashfs": squashfs.clamped, "erofs": int}
-"""What types make of nanoseconds, where it is not what ext4 makes of them."""
+_TIMES: dict[str, Callable[[int], int]] = {"squashfs": squashfs.clamped, "erofs": int, "ext4": ext4_inode.clamped}
+"""What types make of nanoseconds, those that are mounted aside."""
 
 
 def check_disk(image: Path) -> Iterator[Difference]:
@@ -169,7 +169,7 @@ def compare_tree(
             yield Difference("", str(error))
             return
         sources = stack.enter_context(opened(payloads))
-        yield from comparison.compare(found, root, sources, _TIMES.get(kind, ext4_inode.clamped))
+        yield from comparison.compare(found, root, sources, _TIMES.get(kind) or mounted_read.clamping(image, kind))
 
 
 def _opened(image: Path, kind: str) -> AbstractContextManager[FoundImage]:

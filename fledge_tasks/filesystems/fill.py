@@ -8,6 +8,7 @@ those; times come last, those of folders after their content.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -22,6 +23,7 @@ from fledge_tasks.oci.layer_index import BLOCK_BYTES, FILE_TYPES, Entry, Kind, f
 from fledge_tasks.tree import Inode, show
 
 _CHUNK_BYTES = 1 << 20
+_MAX_PATH_BYTES = 4000  # PATH_MAX, less what stands before it where it has to be named in /proc
 # Linux Documentation/filesystems/fiemap: struct fiemap, struct fiemap_extent and their flags.
 _FS_IOC_FIEMAP = 0xC020660B
 _FIEMAP, _FIEMAP_EXTENT = struct.Struct("<QQIIII"), struct.Struct("<QQQ16xI12x")
@@ -53,7 +55,8 @@ def fill(root: int, tree: Inode, sources: Mapping[int, int]) -> None:
     for path, folder, name, inode in _walk(root, tree, is_new=True):
         try:
             if id(inode) in first:
-                os.link(first[id(inode)], name, src_dir_fd=root, dst_dir_fd=folder, follow_symlinks=False)
+                with reached(root, first[id(inode)]) as (source, path_there):
+                    os.link(path_there, name, src_dir_fd=source, dst_dir_fd=folder, follow_symlinks=False)
             else:
                 first[id(inode)] = path
                 _make(folder, name, inode, sources)
@@ -72,6 +75,21 @@ def places(root: int, tree: Inode) -> Iterator[Place]:
                 yield from _places_of(fd, inode)
             finally:
                 os.close(fd)
+
+
+@contextlib.contextmanager
+def reached(root: int, path: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the descriptor of a folder and a path below it that system calls take: that of `path` below `root`.
+
+    Layers are merged below symbolic links, so a path can be longer than PATH_MAX.
+    """
+    with contextlib.ExitStack() as stack:
+        while len(path) > _MAX_PATH_BYTES:
+            cut = path.rindex(b"/", 0, _MAX_PATH_BYTES)
+            root = os.open(path[:cut], os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
+            stack.callback(os.close, root)
+            path = path[cut + 1 :]
+        yield root, path
 
 
 def _walk(root: int, tree: Inode, *, is_new: bool) -> Iterator[tuple[bytes, int, bytes, Inode]]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import struct
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from fledge_tasks.errors import FilesystemError
 from fledge_tasks.filesystems import loopmount
 from fledge_tasks.filesystems.ext4_read import KINDS, Found
+from fledge_tasks.filesystems.fill import reached
 from fledge_tasks.filesystems.libext2fs import Extent
 from fledge_tasks.fsutil import data_ranges
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, Kind
@@ -23,6 +25,10 @@ _SHOWN_TWICE = {"xfs": {"trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT"}}
 """Attributes that are shown to root beside the access control lists that they are."""
 
 _OPTIONS = {"xfs": "ro,norecovery,nouuid", "btrfs": "ro"}
+
+# struct xfs_dsb, sb_features_incompat; XFS_SB_FEAT_INCOMPAT_BIGTIME; fs/xfs/libxfs/xfs_format.h on times.
+_XFS_FEATURES, _XFS_BIGTIME = struct.Struct(">216xI"), 1 << 3
+_XFS_FIRST, _XFS_LAST, _XFS_LAST_BIGTIME = -1 << 31, (1 << 31) - 1, 16_299_260_424
 
 
 class MountedImage:
@@ -36,20 +42,17 @@ class MountedImage:
 
     def inode(self, number: int) -> Found:
         """Return an inode whose name was seen. Raises FilesystemError."""
-        path = self._paths[number]
-        try:
-            status = os.stat(path, dir_fd=self._root, follow_symlinks=False)
-            kind = KINDS[stat.S_IFMT(status.st_mode)]
-            place = b"/proc/self/fd/%d/%s" % (self._root, path)
+        with self._reached(number) as (folder, name):
+            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            kind = _kind(status)
+            place = b"/proc/self/fd/%d/%s" % (folder, name)
             xattrs = {
                 os.fsencode(name): os.getxattr(place, name, follow_symlinks=False)
                 for name in os.listxattr(place, follow_symlinks=False)
                 if name not in self._hidden
             }
-            link = os.readlink(path, dir_fd=self._root) if kind is Kind.SYMLINK else b""
-            extents = tuple(self._extents(path, status.st_size)) if kind is Kind.FILE else ()
-        except OSError as error:
-            raise FilesystemError(str(error.strerror), where=f"inode {number}") from None
+            link = os.readlink(name, dir_fd=folder) if kind is Kind.SYMLINK else b""
+            extents = tuple(_extents(folder, name, status.st_size)) if kind is Kind.FILE else ()
         is_device = kind in {Kind.CHAR_DEVICE, Kind.BLOCK_DEVICE}
         rdev = (os.major(status.st_rdev), os.minor(status.st_rdev)) if is_device else (0, 0)
         return Found(
@@ -59,40 +62,76 @@ class MountedImage:
 
     def names(self, number: int) -> dict[bytes, tuple[int, Kind]]:
         """Return inode number and kind of each name in a folder. Raises FilesystemError."""
-        folder = self._paths[number]
+        path = self._paths[number]
         found: dict[bytes, tuple[int, Kind]] = {}
-        try:
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root)
-            try:
-                with os.scandir(fd) as entries:
-                    for entry in entries:
-                        name = os.fsencode(entry.name)
-                        status = entry.stat(follow_symlinks=False)
-                        self._paths.setdefault(status.st_ino, folder + b"/" + name)
-                        found[name] = status.st_ino, KINDS[stat.S_IFMT(status.st_mode)]
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise FilesystemError(str(error.strerror), where=f"inode {number}") from None
+        with (
+            self._reached(number) as (folder, name),
+            _open(folder, name, os.O_DIRECTORY) as fd,
+            os.scandir(fd) as entries,
+        ):
+            for entry in entries:
+                status = entry.stat(follow_symlinks=False)
+                self._paths.setdefault(status.st_ino, path + b"/" + os.fsencode(entry.name))
+                found[os.fsencode(entry.name)] = status.st_ino, _kind(status)
         return found
 
     def blocks(self, found: Found, extent: Extent, start: int, count: int) -> bytes:
-        """Return `count` blocks of a file from its block `start` on, filled up to whole blocks with zeros."""
-        del extent  # Linux finds it
-        fd = os.open(self._paths[found.number], os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root)
-        try:
-            return os.pread(fd, count * BLOCK_BYTES, start * BLOCK_BYTES).ljust(count * BLOCK_BYTES, b"\0")
-        finally:
-            os.close(fd)
+        """Return `count` blocks of a file from its block `start` on, filled up to whole blocks with zeros.
 
-    def _extents(self, path: bytes, size: int) -> Iterator[Extent]:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root)
+        Raises FilesystemError.
+        """
+        del extent  # Linux finds it
+        with self._reached(found.number) as (folder, name), _open(folder, name) as fd:
+            return os.pread(fd, count * BLOCK_BYTES, start * BLOCK_BYTES).ljust(count * BLOCK_BYTES, b"\0")
+
+    @contextlib.contextmanager
+    def _reached(self, number: int) -> Iterator[tuple[int, bytes]]:
+        """Yield an inode as a name for system calls; what they raise is a FilesystemError here."""
         try:
-            for offset, length in data_ranges(fd, size):
-                first, end = offset // BLOCK_BYTES, -(-(offset + length) // BLOCK_BYTES)
-                yield Extent(first, first, end - first, is_unwritten=False)
-        finally:
-            os.close(fd)
+            with reached(self._root, self._paths[number]) as place:
+                yield place
+        except OSError as error:
+            raise FilesystemError(str(error.strerror), where=f"inode {number}") from None
+
+
+@contextlib.contextmanager
+def _open(folder: int, name: bytes, flags: int = 0) -> Iterator[int]:
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, dir_fd=folder)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _extents(folder: int, name: bytes, size: int) -> Iterator[Extent]:
+    with _open(folder, name) as fd:
+        for offset, length in data_ranges(fd, size):
+            first, end = offset // BLOCK_BYTES, -(-(offset + length) // BLOCK_BYTES)
+            yield Extent(first, first, end - first, is_unwritten=False)
+
+
+def _kind(status: os.stat_result) -> Kind:
+    kind = KINDS.get(stat.S_IFMT(status.st_mode))
+    if kind is None:
+        raise FilesystemError(f"the unknown file type {stat.S_IFMT(status.st_mode):#o}", where=f"inode {status.st_ino}")
+    return kind
+
+
+def clamping(image: Path, kind: str) -> Callable[[int], int]:
+    """Return what a filesystem makes of nanoseconds: Linux takes the nearest time that it holds, without a fraction.
+
+    Raises OSError.
+    """
+    if kind == "btrfs":  # 64 bits for seconds
+        return int
+    with image.open("rb") as file:
+        head = file.read(_XFS_FEATURES.size)
+    features = _XFS_FEATURES.unpack(head)[0] if len(head) == _XFS_FEATURES.size else 0
+    most = _XFS_LAST_BIGTIME if features & _XFS_BIGTIME else _XFS_LAST
+    seconds = 1_000_000_000
+    return lambda ns: (
+        ns if _XFS_FIRST * seconds < ns < most * seconds else max(min(ns // seconds, most), _XFS_FIRST) * seconds
+    )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fledge_tasks.filesystems import btrfs, options, xfs
-from tests.layers import Member, symlink
+from tests.layers import Member, hardlink, symlink
 from tests.layers import folder as directory
 from tests.layouts import Layout
 from tests.real.compare import compare_trees
@@ -252,6 +252,40 @@ def built(folder: Path, kind: str, *layers: list[Member], more: str = "") -> Wor
     return place
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_paths_beyond_path_max(folder: Path, kind: str) -> None:
+    """Each layer has its folders behind a link of the one below."""
+    names = ["d" * 180] * 5
+    layers = []
+    for level in range(6):
+        start = [f"link{level - 1}"] if level else []
+        folders = ["/".join([*start, *names[:depth]]) for depth in range(1, 6)]
+        layers.append([*map(directory, folders), symlink(f"link{level}", folders[-1])])
+    last = [
+        Member("link5/file", b"data", xattrs={"user.a": b"1"}), hardlink("link5/hard", "link5/file"),
+        Member("link5/fifo", type=b"6", xattrs={"trusted.b": b"2"}), symlink("link5/symlink", "file"),
+    ]  # fmt: skip
+    place = built(folder, kind, *layers, last)
+    checked(place.output("odd"), kind)
+    result = place.fledge("verify")
+    assert (result.code, result.stdout) == (0, f"odd: {place.output('odd')} holds what it should\n")
+    with mounted(place.output("odd"), kind, "ro") as root:
+        assert (root / "link5" / "hard").stat().st_nlink == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "seconds"),
+    [("xfs", "", [-(1 << 31), 5_000_000_000]), ("xfs", 'features = ["^bigtime"]', [-(1 << 31), (1 << 31) - 1]),
+     ("btrfs", "", [-5_000_000_000, 5_000_000_000])],
+)  # fmt: skip
+def test_times_that_a_type_holds(folder: Path, kind: str, more: str, seconds: list[int]) -> None:
+    members = [Member("old", mtime="-5000000000"), Member("late", mtime="5000000000")]
+    place = built(folder, kind, members, more=more)
+    with mounted(place.output("odd"), kind, "ro") as root:
+        assert [int((root / name).stat().st_mtime) for name in ("old", "late")] == seconds
+    assert place.fledge("verify").stdout == f"odd: {place.output('odd')} holds what it should\n"
+
+
 def test_an_attribute_that_btrfs_cannot_hold(folder: Path) -> None:
     """Linux calls it a full filesystem, and no size would do."""
     most = 16_384 - 101 - 25 - 30
@@ -261,6 +295,18 @@ def test_an_attribute_that_btrfs_cannot_hold(folder: Path) -> None:
     assert result.code == 1
     assert f"error: mkfs:odd: /file: has the extended attribute user.a of {most + 1} bytes, and btrfs" in result.stderr
     assert held_by_us(folder) == []
+
+
+def test_damaged_data_is_told(folder: Path) -> None:
+    """btrfs has checksums of data, and gives none that do not fit."""
+    place = built(folder, "btrfs", [Member("file", b"needle" * 5000)])
+    whole = place.output("odd").read_bytes()
+    assert whole.count(b"needle" * 5000) == 1
+    changed = folder / "changed"
+    changed.write_bytes(whole.replace(b"needle" * 5000, b"Needle" + b"needle" * 4999))
+    result = place.fledge("verify", str(changed), "--manifest", str(place.output("odd").with_name("manifest.json")))
+    assert (result.code, result.stderr) == (1, "")
+    assert re.search(r"^changed: /file: content cannot be read: inode \d+: Input/output error$", result.stdout, re.M)
 
 
 def test_what_xfs_cannot_hold_is_named(folder: Path) -> None:
