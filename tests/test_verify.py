@@ -17,15 +17,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fledge_tasks.filesystems import ext4_read
-from fledge_tasks.filesystems.comparison import Difference
-from fledge_tasks.oci.layer_index import Kind
+from fledge_tasks.filesystems.comparison import Difference, compare
+from fledge_tasks.filesystems.ext4_read import Found
+from fledge_tasks.filesystems.libext2fs import Extent
+from fledge_tasks.fsutil import opened
+from fledge_tasks.oci.layer_index import BLOCK_BYTES, Entry, Kind
 from fledge_tasks.tree import Inode
 from fledge_tasks.verify import check_manifest, check_structure, compare_tree, read_all
 from tests.layers import Member, folder, hardlink
 from tests.layouts import Place
 from tests.test_ext4_images import odd
 from tests.tools import need
-from tests.trees import EPOCH, Built, Content, build, compared, tool, tree_of
+from tests.trees import EPOCH, EPOCH_NS, Built, Content, build, compared, tool, tree_of
 from tests.workspaces import Workspace, sha256_of
 
 
@@ -284,6 +287,46 @@ def test_a_folder_of_a_hash_tree_is_found_again(tmp_path: Path) -> None:
 # --- the command ----------------------------------------------------------------------------------
 
 BASE = [folder("bin"), Member("bin/app", b"\x7fELF" * 5000, mode=0o755), hardlink("bin/twin", "bin/app")]
+
+
+class Holey:
+    """An image of one file, all hole but its first and its last block; `asked` are the blocks that were read."""
+
+    root = 1
+
+    def __init__(self, size: int, entry: Entry) -> None:
+        last = size // BLOCK_BYTES - 1
+        extents = tuple(Extent(block, block, 1, is_unwritten=False) for block in (0, last))
+        self._inodes = {
+            1: Found(1, Kind.DIRECTORY, 0o755, 0, 0, EPOCH_NS, 0, 2, b"", (0, 0), {}, ()),
+            2: Found(2, Kind.FILE, entry.mode, 0, 0, entry.mtime_ns, size, 1, b"", (0, 0), {}, extents),
+        }
+        self.asked: list[tuple[int, int]] = []
+
+    def inode(self, number: int) -> Found:
+        return self._inodes[number]
+
+    def names(self, number: int) -> dict[bytes, tuple[int, Kind]]:
+        return {b"file": (2, Kind.FILE)} if number == self.root else {}
+
+    def blocks(self, found: Found, extent: Extent, start: int, count: int) -> bytes:
+        assert found.number == 2 and extent.logical == start
+        self.asked.append((start, count))
+        return b"x" * (count * BLOCK_BYTES)
+
+
+def test_holes_of_any_size_are_passed_over(tmp_path: Path) -> None:
+    """Both xfs and btrfs hold a file of 8 EiB, and looking for data in all of it would take a year."""
+    size, content = (1 << 63) - BLOCK_BYTES, Content()
+    last = size // BLOCK_BYTES - 1
+    data = b"x" * BLOCK_BYTES
+    content.add(b"", Kind.DIRECTORY, mtime_ns=EPOCH_NS)
+    entry = content.sparse(b"file", size, [(0, data), (last, data)])
+    (tmp_path / "payload").write_bytes(content.payload)
+    image = Holey(size, entry)
+    with opened({0: tmp_path / "payload"}) as sources:
+        assert list(compare(image, tree_of(content), sources, int)) == []
+    assert image.asked == [(0, 1), (last, 1)]
 
 
 @pytest.fixture
