@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fledge_tasks.errors import CommandError, FilesystemError
-from fledge_tasks.filesystems import mounted
+from fledge_tasks.filesystems import loopmount, mounted
 from fledge_tasks.filesystems.loopmount import Mount
 from fledge_tasks.filesystems.options import OPTIONS
 from fledge_tasks.filesystems.parameters import Filled, Parameters
@@ -22,6 +22,9 @@ from fledge_tasks.tools import MKFS_BTRFS
 from fledge_tasks.tree import Inode, show, walk
 
 MIN_BYTES = OPTIONS["btrfs"].min_mb * MIB
+
+# Its tools refuse a UUID that libblkid knows of another device, or remembers of one: that may well be this image.
+NO_OTHER_DEVICES = {"BLKID_FILE": "/dev/null/none"}
 
 _NODE_BYTES = 16_384  # mkfs.btrfs's own choice, or a page where that is larger
 # An attribute is one item: struct btrfs_header, btrfs_item, btrfs_dir_item (BTRFS_MAX_XATTR_SIZE in fs/btrfs/ctree.h).
@@ -116,7 +119,8 @@ def _resize(mount: Mount, old: int, new: int) -> bool:
 def _finish(image: Path, parameters: Parameters) -> None:
     # Last: while it was mounted it had a UUID of its own, since Linux takes two devices of one UUID for
     # one filesystem, and somebody may have mounted an image of the same content.
-    run(["btrfstune", "-f", "-U", str(uuid.UUID(bytes=parameters.uuid)), image])
+    loopmount.hide_devices()
+    run(["btrfstune", "-f", "-U", str(uuid.UUID(bytes=parameters.uuid)), image], env=NO_OTHER_DEVICES)
 
 
 def _translate(image: Path) -> Callable[[int], int | None]:

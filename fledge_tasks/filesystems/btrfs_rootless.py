@@ -69,6 +69,7 @@ def _populate(image: Path, root: Inode, parameters: Parameters, scratch: Path) -
     os.truncate(image, btrfs.MIN_BYTES)  # mkfs makes the file larger as it needs
     identity = str(uuid.UUID(bytes=parameters.uuid))
     env = {"SOURCE_DATE_EPOCH": str(parameters.epoch), "DETERMINISTIC_SEED": "1"}  # 7.3 looks at them
+    env |= btrfs.NO_OTHER_DEVICES
     btrfs.mkfs(image, parameters, "-U", identity, "--rootdir", rootless.FOLDER, env=env, cwd=scratch)
     fd = os.open(image, os.O_RDWR | os.O_CLOEXEC)
     try:

@@ -22,6 +22,7 @@ from fledge_tasks.errors import FilesystemError, MountError
 _libc = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNS = 0x00020000
 _MS_REC, _MS_PRIVATE, _MS_NOATIME, _MS_NODEV, _MS_NOEXEC, _MS_NOSUID, _MS_RDONLY = 0x4000, 1 << 18, 0x400, 4, 8, 2, 1
+_MS_BIND = 0x1000
 _LOOP_CTL_GET_FREE, _LOOP_CONFIGURE, _LOOP_SET_CAPACITY = 0x4C82, 0x4C0A, 0x4C07
 _FITRIM = 0xC0185879
 _LO_FLAGS_READ_ONLY, _LO_FLAGS_AUTOCLEAR = 1, 4
@@ -36,6 +37,19 @@ def unshare_mounts() -> None:
         raise _failed("a mount namespace of our own cannot be had", MountError)
     if _libc.mount(b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None) != 0:
         raise _failed("mounts cannot be made private", MountError)
+
+
+def hide_devices() -> None:
+    """Have this process and its children find no block devices by looking for them. Raises MountError.
+
+    `unshare_mounts` comes first. Devices can be used by their names as before.
+    """
+    for place, source, kind, flags in (
+        (b"/sys/block", b"none", b"tmpfs", _MS_RDONLY),
+        (b"/proc/partitions", b"/dev/null", None, _MS_BIND),
+    ):
+        if os.path.exists(place) and _libc.mount(source, place, kind, ctypes.c_ulong(flags), None) != 0:
+            raise _failed(f"{os.fsdecode(place)} cannot be covered", MountError)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,19 @@ def checked(image: Path, kind: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@contextmanager
+def attached(image: Path) -> Iterator[None]:
+    """Have an image be a loop device that libblkid remembers."""
+    command = ["losetup", "--find", "--show", "--read-only", str(image)]
+    device = subprocess.run(command, env={"PATH": PATH}, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        subprocess.run(["blkid", device], env={"PATH": PATH}, capture_output=True, check=True)
+        yield
+    finally:
+        subprocess.run(["losetup", "--detach", device], env={"PATH": PATH}, check=True)
+        subprocess.run(["blkid", "-g"], env={"PATH": PATH}, check=True)
+
+
 def loop_devices() -> str:
     return subprocess.run(["losetup", "-a"], env={"PATH": PATH}, capture_output=True, text=True, check=True).stdout
 
@@ -366,3 +379,18 @@ def test_without_root_it_is_refused_before_any_work(folder: Path, kind: str) -> 
     again = place.build()
     assert again.stages("small") == ["assemble", "manifest"]
     assert again.image("small")["sha256"] == first == sha256_of(place.output("small"))
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_an_image_that_is_in_use_elsewhere_is_made_again(folder: Path, kind: str) -> None:
+    """The tools of btrfs refuse a UUID that another device has."""
+    place = Workspace(folder / "w", folder)
+    Layout(place.root / "layout").write([Member("a", b"a" * 10_000)])
+    place.add("a", "oci:../layout", buffer_mb=1)
+    set_kind(place, "a", kind)
+    place.build()
+    shutil.move(place.output("a"), folder / "image")
+    shutil.rmtree(place.root / "cache")
+    with attached(folder / "image"):
+        place.build()
+    assert place.fledge("verify", "a").code == 0

@@ -20,7 +20,7 @@ from tests.real.images import Images
 from tests.real.newer import tools_of
 from tests.real.reference import Reference
 from tests.real.registry import Registry
-from tests.real.test_mounted_types import ADDED, BUFFER_MB, MIB, MIN_BYTES, ODD, checked, mounted, set_kind
+from tests.real.test_mounted_types import ADDED, BUFFER_MB, MIB, MIN_BYTES, ODD, attached, checked, mounted, set_kind
 from tests.test_ext4_images import ACL
 from tests.tools import PATH, as_subordinate, need
 from tests.workspaces import Workspace
@@ -277,6 +277,18 @@ def test_what_a_killed_build_leaves_is_removed_by_the_next(folder: Path) -> None
         result = place.fledge(*clean)
         assert result.code == 0, result.stderr
         assert not temp.exists() or list(temp.iterdir()) == []
+
+
+@pytest.mark.parametrize(("kind", "suite"), [("btrfs", "own"), ("btrfs", "forky"), ("xfs", "forky")])
+def test_an_image_that_is_in_use_elsewhere_is_made_again(folder: Path, kind: str, suite: str) -> None:
+    place = for_nobody(folder / "w", folder, suite)
+    with_layout(place, "a", kind, [Member("a", b"a" * 10_000)])
+    place.build()
+    shutil.move(place.output("a"), folder / "image")
+    shutil.rmtree(place.root / "cache")
+    with attached(folder / "image"):
+        place.build()
+    verified(place, "a")
 
 
 @pytest.mark.parametrize(("kind", "suite"), [("btrfs", "own"), ("xfs", "forky")])
