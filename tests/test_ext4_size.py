@@ -132,6 +132,7 @@ def test_a_fixed_size(tmp_path: Path, size: int, needed: int, inodes: int) -> No
 @given(st.integers(1, 150_000), st.integers(12, 100_000), st.sampled_from([0, 10, 500]))
 @example(60_000, 4_094, 0)
 @example(31_000, 12, 0)
+@example(4_781, 99_726, 10)  # with small groups, whose last one mke2fs leaves out: 65 to 70 MiB are as 64
 def test_the_figure_for_a_fixed_size_that_is_too_small_is_right(
     tmp_path: Path, needed: int, inodes: int, buffer_mib: int
 ) -> None:
@@ -141,7 +142,8 @@ def test_the_figure_for_a_fixed_size_that_is_too_small_is_right(
     [figure] = re.findall(r"needs (\d+) MiB", caught.value.message)
     counts = fixed(tmp_path, int(figure), needed, inodes, buffer_bytes=buffer_mib * MIB)
     assert (counts.free_blocks - needed - min(counts.blocks // 50, 4096)) * BLOCK_BYTES >= buffer_mib * MIB
-    least = (needed + inodes // 16) * BLOCK_BYTES // MIB + buffer_mib + 4
+    spared = inodes + max(10_000, inodes // 5)
+    least = (needed + spared // 16) * BLOCK_BYTES // MIB + buffer_mib + 4
     assert int(figure) <= least * 103 // 100 + 12, "and not a wild guess"
 
 
