@@ -38,7 +38,7 @@ from fledge_tasks.store import RECORD, Entry, Record, Store, parse_record
 FORMAT = 1
 _HEAD = "fledge-cache.json"
 _HEAD_TEXT = b'{"format": 1}\n'
-_NAME = re.compile(rb"objects/([0-9a-f]{2})/(\1[0-9a-f]{62})/([a-z.]{1,32})")
+_NAME = re.compile(rb"objects/([0-9a-f]{2})/(\1[0-9a-f]{62})/([a-z][a-z.]{0,31})")
 _RECORD_LIMIT_BYTES = 256 << 20
 _BLOCK_BYTES = 512
 _FIRST = ("config", "agent")
@@ -210,6 +210,8 @@ class _Reader:
                 _, name, member = self._next
                 if name not in record.files or (folder / name).exists():
                     return f"{name} is not in its record, or twice in the archive"
+                if member.size != (size := record.files[name][0]):  # before it is written: it may be of any size
+                    return f"{name} has {member.size} bytes, not {size}"
                 self._file(member, folder / name)
                 self._next = self._take()
             if reason := record.misfit(folder):

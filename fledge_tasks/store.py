@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,6 +45,7 @@ from fledge_tasks.notices import Notices
 
 FORMAT = 1
 RECORD = "entry.json"
+_FILE_NAME = re.compile(r"[a-z][a-z.]{0,31}")
 _NO_RECORD = "its record is missing, damaged, or of another version"
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# This folder holds a fledge-tasks cache. See https://bford.info/cachedir/\n"
 
@@ -78,12 +80,15 @@ def _misfit(path: Path, size: int, checksum: str) -> str | None:
 
 
 def parse_record(data: bytes, key: Digest) -> Record | None:
-    """Return the record of an entry, None if these bytes are not one of that key."""
+    """Return the record of an entry, None if these bytes are not one of that key, or name what no entry holds."""
     try:
         record = msgspec.json.decode(data, type=Record)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    return record if record.format == FORMAT and sha256_bytes(record.key_text.encode()) == key else None
+    # Names are joined to the entry's folder: what leads out of it would be read there, and made read-only.
+    if record.format != FORMAT or RECORD in record.files or not all(map(_FILE_NAME.fullmatch, record.files)):
+        return None
+    return record if sha256_bytes(record.key_text.encode()) == key else None
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,10 @@ def repacked(files: Mapping[str, bytes]) -> bytes:
     return zstandard.ZstdCompressor().compress(target.getvalue())
 
 
+def _nested(record: bytes) -> bytes:
+    return record.replace(b'"info": {', b'"info": {"a": ' + b"[" * 100_000 + b"]" * 100_000 + b", ")
+
+
 def test_there_and_back(store: Store, other: Store) -> None:
     entries = [
         add(store, "one\n", {"payload": os.urandom(3 * MIB), "index": b"i"}),
@@ -159,6 +163,8 @@ def test_holes_stay_holes(store: Store, other: Store, tmp_path: Path) -> None:
         (lambda name, data: None if name == "entry.json" else data, "its record is missing or damaged"),
         (lambda name, data: data.replace(b"one", b"eno") if name == "entry.json" else data, "its record is missing"),
         (lambda name, data: data[1:] if name == "entry.json" else data, "its record is missing or damaged"),
+        (lambda name, data: data.replace(b"test", b"\xff") if name == "entry.json" else data, "its record is missing"),
+        (lambda name, data: _nested(data) if name == "entry.json" else data, "its record is missing or damaged"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -202,6 +208,57 @@ def test_other_names_are_refused(store: Store, tmp_path: Path, name: str) -> Non
     with pytest.raises(ArchiveError, match="which is no file of an entry"):
         unpacked(store, data)
     assert not list(tmp_path.rglob("evil"))
+
+
+@pytest.mark.parametrize(
+    "name", ["{outside}", "../../../outside", "..", "", "entry.json", "a\0b", "sub/data", "Data", "a" * 33]
+)
+def test_a_record_of_files_elsewhere(store: Store, other: Store, tmp_path: Path, name: str) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"d")
+    outside.chmod(0o600)
+    entry = add(store, "one\n", {"data": b"d"})
+    [(head, first), (path, record), _] = members(packed(entry)).items()
+    said = json.loads(record)
+    said["files"] = {name.format(outside=outside): said["files"]["data"]}
+    data = repacked({head: first, path: json.dumps(said).encode()})
+    assert unpacked(other, data).refused == {entry.key: "its record is missing or damaged"}
+    assert other.all_keys() == [] and outside.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_record_among_the_files_of_its_entry(store: Store, other: Store) -> None:
+    entry = add(store, "one\n", {"data": b"d"})
+    files = members(packed(entry))
+    path = next(path for path in files if path.endswith("entry.json"))
+    said = json.loads(files[path])
+    said["files"]["entry.json"] = said["files"]["data"]
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w") as tar:
+        for name, data in [*{**files, path: json.dumps(said).encode()}.items(), (path, b"d")]:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    done = unpacked(other, zstandard.ZstdCompressor().compress(target.getvalue()))
+    assert (done.added, done.refused) == ([], {entry.key: "its record is missing or damaged"})
+
+
+def test_a_hole_larger_than_any_file(store: Store, other: Store) -> None:
+    bad, good = add(store, "one\n", {"data": b"d"}), add(store, "two\n", {"data": b"d"})
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, stored in members(packed(bad, good)).items():
+            member, data = tarfile.TarInfo(name), stored
+            if name.endswith(f"{bad.key[7:]}/data"):
+                data = b"0\n".ljust(512, b"\0")
+                member.pax_headers = {
+                    "GNU.sparse.major": "1", "GNU.sparse.minor": "0",
+                    "GNU.sparse.name": name, "GNU.sparse.realsize": str(1 << 62),
+                }  # fmt: skip
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    done = unpacked(other, zstandard.ZstdCompressor().compress(target.getvalue()))
+    assert done.refused == {bad.key: f"data has {1 << 62} bytes, not 1"}
+    assert done.added == [good.key]
 
 
 @pytest.mark.parametrize(
