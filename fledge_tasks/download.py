@@ -33,10 +33,12 @@ BACKOFF_SECONDS = (0.5, 1.0, 2.0)
 SLOW_SECONDS, SLOW_BYTES = 60.0, 60_000
 """A server that sends fewer bytes than that in that time, be it headers or content, is given up."""
 
+_SCHEMES = {"http", "https"}
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
 _RANGE_NOT_SATISFIABLE = 416
 _PERMANENT = (ssl.SSLCertVerificationError, InvalidURL)
 _READ_BYTES = 1 << 16
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")  # RFC 9110, 14.4
 _PROGRAM_MAGIC = (b"\x7fELF", b"#!")
 
 
@@ -64,7 +66,7 @@ def download(
         scheme = urllib.parse.urlsplit(url).scheme
     except ValueError as error:
         raise AgentError(f"not a URL: {error}", where=url) from None
-    if scheme not in {"http", "https"}:
+    if scheme not in _SCHEMES:
         raise AgentError("only http and https URLs can be downloaded", where=without_secrets(url))
     try:
         with into.open("w+b") as file:
@@ -102,8 +104,11 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
-        if req.type == "https" and urllib.parse.urlsplit(newurl).scheme != "https":
-            raise AgentError("redirects from https to http, which is refused", where=without_secrets(req.full_url))
+        scheme = urllib.parse.urlsplit(newurl).scheme
+        if scheme not in _SCHEMES or (req.type == "https" and scheme != "https"):
+            raise AgentError(
+                f"redirects from {req.type} to {scheme}, which is refused", where=without_secrets(req.full_url)
+            )
         fp.close()  # else the caller would read all of a body that nobody wants
         self._redirected(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
@@ -122,6 +127,8 @@ class _Transfer:
         self._url = url
         self._advance = advance
         self._validator: str | None = None
+        self._tag: str | None = None
+        self._size: int | None = None  # of the whole file, if a server said it
         self._received = 0  # over all attempts
         self._watchdog = _Watchdog(lambda: self._received)
         self._opener = urllib.request.build_opener(_Redirects(redirected), *self._watchdog.handlers)
@@ -148,12 +155,15 @@ class _Transfer:
         with self._open() as response:
             if response.status == 200:
                 self._start_over()
-                self._validator = _validator(response.headers)
+                self._validator, self._tag = _validator(response.headers), response.headers.get("ETag")
+                self._size = response.length
             elif response.status == 206:
                 self._check_range(response.headers)
             else:
                 raise AgentError(f"answered with status {response.status} {response.reason}", where=self.shown)
-            total = None if response.length is None else self.done + response.length
+            total = self._size
+            if total is None and response.length is not None:
+                total = self.done + response.length
             self._limit(total or 0)
             for data in _chunks(response):
                 self._limit(self.done + len(data))
@@ -185,10 +195,14 @@ class _Transfer:
             raise AgentError(f"cannot be downloaded: {reason}", where=self.shown) from None
 
     def _check_range(self, headers: HTTPMessage) -> None:
-        start = re.match(r"bytes (\d+)-", headers.get("Content-Range", ""))
-        if start is None or int(start[1]) != self.done:
+        found = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
+        # Only parts with the same validator belong together (RFC 9110, 15.3.7.3), and a part need not reach to the end.
+        is_same = headers.get("ETag", self._tag) == self._tag
+        size = int(found[2]) if found and found[2] != "*" else self._size
+        if found is None or int(found[1]) != self.done or not is_same or self._size not in {None, size}:
             self._validator = None
             raise _BrokenOffError("the server sent another part of the file than it was asked for")
+        self._size = size
 
     def _start_over(self) -> None:
         if self.done:

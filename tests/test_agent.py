@@ -29,6 +29,7 @@ from tests.tools import need
 
 PROGRAM = b"\x7fELF" + bytes(range(256)) * 1200
 TAG = '"v1"'
+REST = f"bytes 100000-{len(PROGRAM) - 1}/{len(PROGRAM)}"
 
 
 class Server(ThreadingHTTPServer):
@@ -154,6 +155,15 @@ def test_redirect_to_a_file_is_refused(server: Server, tmp_path: Path) -> None:
         download(server.url(moved("file:///etc/hostname")), tmp_path / "x")
 
 
+def test_redirect_to_another_protocol_is_refused(server: Server, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        with pytest.raises(AgentError, match="redirects from http to ftp, which is refused"):
+            download(server.url(moved(f"ftp://127.0.0.1:{listener.getsockname()[1]}/kestrel")), tmp_path / "x")
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
 def test_redirect_from_https_to_http_is_refused() -> None:
     request = urllib.request.Request("https://user:secret@example.com/kestrel?token=secret")
     with pytest.raises(AgentError, match="from https to http") as caught:
@@ -225,6 +235,9 @@ def test_without_proof_of_sameness_the_transfer_starts_over(
     [
         lambda handler: handler.reply(206, PROGRAM[5:], Content_Range="bytes 5-9/10"),
         lambda handler: handler.reply(206, PROGRAM[5:]),
+        lambda handler: handler.reply(206, PROGRAM[5:], Content_Range=f"bytes {'9' * 5000}-{'9' * 5000}/*"),
+        lambda handler: handler.reply(206, b"x" * 10, Content_Range="bytes 100000-100009/100010"),
+        lambda handler: handler.reply(206, b"x" * (len(PROGRAM) - 100_000), Content_Range=REST, ETag='"v2"'),
         status(416),
     ],
 )
@@ -232,6 +245,29 @@ def test_wrong_part_is_not_used(server: Server, tmp_path: Path, answer: Callable
     digest = download(server.url(cut(100_000, ETag=TAG), answer, whole), tmp_path / "x")
     assert digest == sha256_bytes(PROGRAM) == sha256_file(tmp_path / "x")
     assert server.ranges == [None, "bytes=100000-", None]
+
+
+@pytest.mark.parametrize("first", [cut(100_000, ETag=TAG), lambda handler: _unsized_part(handler, 100_000)])
+def test_a_part_that_is_shorter_than_asked_for(
+    server: Server, tmp_path: Path, first: Callable[[Handler], None]
+) -> None:
+    def some(handler: Handler) -> None:
+        content_range = f"bytes 100000-109999/{len(PROGRAM)}"
+        handler.reply(206, PROGRAM[100_000:110_000], Content_Range=content_range, ETag=TAG)
+
+    assert download(server.url(first, some, whole), tmp_path / "x") == sha256_bytes(PROGRAM)
+    assert server.ranges == [None, "bytes=100000-", "bytes=110000-"]
+
+
+def _unsized_part(handler: Handler, length: int) -> None:
+    """Break off in the middle of a chunk, after `length` bytes of the program."""
+    handler.protocol_version = "HTTP/1.1"
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.send_header("ETag", TAG)
+    handler.end_headers()
+    handler.wfile.write(b"%x\r\n" % length + PROGRAM[:length] + b"\r\nffff\r\n")
+    handler.close_connection = True
 
 
 def test_always_truncated(server: Server, tmp_path: Path) -> None:
