@@ -179,6 +179,8 @@ def test_only_the_last_words_are_ours() -> None:
         assert found.exit_code() is None
     with console(UP + STARTS + ended(0) + b"no newline" + ended(3)) as found:
         assert found.exit_code() == 3
+    with console(UP + STARTS + b"fledge: the workload ended with " + b"9" * 5000 + b"\r\n") as found:
+        assert found.exit_code() is None  # no script of ours says that
 
 
 def test_a_kernel_with_another_initramfs() -> None:

@@ -11,7 +11,7 @@ _CHUNK_BYTES = 1 << 14
 _IS_UP = re.compile(rb"fledge: the guest is up\r?\n")
 _STARTS = re.compile(rb"fledge: the workload starts\r?\n")
 _KERNEL = re.compile(rb"Linux version [^\n]*\n")
-_ENDED = re.compile(rb"fledge: the workload ended with (\d+)\r?\n\Z")
+_ENDED = re.compile(rb"fledge: the workload ended with (\d{1,3})\r?\n\Z")
 
 
 class Console:
