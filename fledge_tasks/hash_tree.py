@@ -12,6 +12,7 @@ Documentation/admin-guide/device-mapper/verity.rst and dm-init.rst.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import struct
@@ -42,7 +43,7 @@ def make(image: Path, tree: Path, *, salt: str, uuid: str) -> str:
     """Make the hash tree of a raw image in the new file `tree`, and return the root hash, in hexadecimal digits.
 
     `salt` has 64 hexadecimal digits. The image is a whole number of blocks. Raises OSError when the
-    disk is full, ToolError, CommandError; what there is of `tree` is of no use then.
+    disk is full, ToolError, CommandError, FilesystemError; what there is of `tree` is of no use then.
     """
     fd = os.open(tree, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
@@ -58,7 +59,19 @@ def make(image: Path, tree: Path, *, salt: str, uuid: str) -> str:
     found = _ROOT_HASH.search(printed)
     if found is None:
         raise FilesystemError("veritysetup printed no root hash", hint="please report this with its version")
+    # A look at what is cheap to see; each block of the image is for `problems`.
+    blocks = -(-image.stat().st_size // BLOCK_BYTES)
+    if superblock(tree) != Superblock(blocks, salt) or _top_hash(image, tree, salt) != found[1]:
+        raise FilesystemError("veritysetup made no hash tree of this root hash", hint="please report this")
     return found[1]
+
+
+def _top_hash(image: Path, tree: Path, salt: str) -> str:
+    """Return the root hash as it follows from the highest level (verity.rst, 'Hash Tree'); the salt comes first."""
+    has_levels = tree.stat().st_size > BLOCK_BYTES
+    with (tree if has_levels else image).open("rb") as file:
+        file.seek(BLOCK_BYTES if has_levels else 0)
+        return hashlib.sha256(bytes.fromhex(salt) + file.read(BLOCK_BYTES)).hexdigest()
 
 
 def tree_bytes(image_bytes: int) -> int:

@@ -16,23 +16,35 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from fledge_tasks.errors import CommandError
+from fledge_tasks.errors import CommandError, FilesystemError
 from fledge_tasks.run import run
 
 MAGIC = b"QFI\xfb"
 _OPTIONS = "compat=1.1,cluster_size=65536,preallocation=off,lazy_refcounts=off,refcount_bits=16,extended_l2=off"
-_HEADER = struct.Struct(">4sIQ56xQ")  # magic, version, backing_file_offset; incompatible_features at byte 72
+# magic, version, backing_file_offset; size at byte 24, incompatible_features at byte 72
+_HEADER = struct.Struct(">4sIQ8xQ40xQ")
 _EXTERNAL_DATA = 1 << 2
 
 
 def convert(raw: Path, target: Path, compression: str | None) -> None:
     """Make the qcow2 file `target` of a raw image; its clusters are compressed with `zlib` or `zstd`, or not.
 
-    Raises OSError when the disk is full, ToolError, CommandError; what there is of `target` is of no use then.
+    Raises OSError when the disk is full, ToolError, CommandError, FilesystemError when `target` is not what
+    it should be; what there is of it is of no use then.
     """
     compressed = ["-c"] if compression else []
     options = _OPTIONS + (f",compression_type={compression}" if compression else "")
     _run("convert", *compressed, "-S", "4k", "-f", "raw", "-O", "qcow2", "-o", options, raw, target)
+    try:
+        wrong = next(problems(target), None)
+        if wrong is None and (size := virtual_size(target)) != raw.stat().st_size:
+            wrong = f"the qcow2 has {size} bytes, and should have {raw.stat().st_size}"
+    except FileNotFoundError:
+        wrong = "there is no qcow2"
+    if wrong:
+        raise FilesystemError(
+            f"qemu-img says that it made a qcow2, but {wrong}", hint="see that it is the real qemu-img"
+        )
 
 
 def expand(image: Path, target: Path) -> None:
@@ -46,6 +58,12 @@ def is_qcow2(image: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
+def virtual_size(image: Path) -> int:
+    """Return how many bytes a disk shows in a qcow2 file in which `problems` finds none. Raises OSError."""
+    with image.open("rb") as file:
+        return int(_HEADER.unpack(file.read(_HEADER.size))[3])
+
+
 def problems(image: Path) -> Iterator[str]:
     """Yield what is wrong with a qcow2 file by itself, a line each. Raises OSError, ToolError.
 
@@ -56,7 +74,10 @@ def problems(image: Path) -> Iterator[str]:
     if len(header) < _HEADER.size:
         yield "the qcow2 header is cut short"
         return
-    _, version, backing, features = _HEADER.unpack(header)
+    magic, version, backing, _, features = _HEADER.unpack(header)
+    if magic != MAGIC:
+        yield "it does not begin as a qcow2"
+        return
     if backing or (version >= 3 and features & _EXTERNAL_DATA):
         yield "the qcow2 refers to another file, and should hold all of its data"
         return

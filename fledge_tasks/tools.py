@@ -12,7 +12,8 @@ from fledge_tasks.errors import CommandError, ToolError
 from fledge_tasks.index import Index, signature
 from fledge_tasks.run import environment, package_of, run
 
-_VERSION = re.compile(r"\d+(?:\.\d+)+\S*")
+_VERSION = re.compile(r"\d{1,9}(?:\.\d{1,9})+\S{0,99}")
+_SHOWN_CHARACTERS = 100
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Tool:
             match = _VERSION.search(output := self._output(self.arguments))
             if match is None and self.may_fail:
                 raise ToolError(f"{self.name} does not say its version: {output.strip()}")
-            return match.group() if match else output.strip().splitlines()[0]
+            return match.group() if match else output.strip().splitlines()[0][:_SHOWN_CHARACTERS]
 
         return str(self._remembered("", read, index))
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,26 @@ def test_what_is_no_tree(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="Invalid salt"):
         hash_tree.make(image, tmp_path / "salted", salt="no", uuid=UUID)
     with pytest.raises(FileExistsError):
+        make(image)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 300])
+@pytest.mark.parametrize("what", ["nothing", "another salt", "another root hash"])
+def test_a_veritysetup_that_only_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, what: str
+) -> None:
+    image, real = image_of(tmp_path / "image", blocks), shutil.which("veritysetup", path=PATH)
+    script = {
+        "nothing": f"echo 'Root hash: {'0' * 64}'",
+        "another salt": f'shift 7; exec {real} format --salt=00 "$@"',
+        "another root hash": f"{real} \"$@\" | sed 's/Root hash:.*/Root hash: {'0' * 64}/'",
+    }[what]
+    program = tmp_path / "bin/veritysetup"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{PATH}")
+    with pytest.raises(FilesystemError, match=r"(not a|made no) hash tree"):
         make(image)
 
 

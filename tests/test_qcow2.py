@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shutil
 import struct
 import subprocess
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fledge_tasks import qcow2
-from fledge_tasks.errors import CommandError
+from fledge_tasks.errors import CommandError, FilesystemError
 from fledge_tasks.run import run
 from tests.layers import Member, folder
 from tests.layouts import Place
@@ -94,7 +96,7 @@ def test_the_same_bytes_however_many_work_at_it(raw: Path, coroutines: int, monk
 
     def counted(argv: list[str | Path]) -> bytes:
         seen.extend(map(str, argv))
-        return run([*argv[:2], "-m", str(coroutines), *argv[2:]])
+        return run([*argv[:2], *(["-m", str(coroutines)] if argv[1] == "convert" else []), *argv[2:]])
 
     expected = sha256_of(made_of(raw, "expected", "zstd"))
     monkeypatch.setattr("fledge_tasks.qcow2.run", counted)
@@ -117,6 +119,37 @@ def test_what_qemu_img_refuses(raw: Path) -> None:
         qcow2.expand(raw, raw.with_name("back"))
     with pytest.raises(CommandError, match="does not accept value 'gzip'"):
         qcow2.convert(raw, raw.with_name("image"), "gzip")
+
+
+REAL = f'exec {shutil.which("qemu-img", path=PATH)} "$@"'
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("exit 0", "there is no qcow2"),
+        ('for last; do :; done; case "$1" in convert) : > "$last";; esac', "the qcow2 header is cut short"),
+        ('for last; do :; done; case "$1" in convert) cp "{raw}" "$last";; esac', "it does not begin as a qcow2"),
+        (
+            f'for last; do :; done; ( {REAL} ) || exit; case "$1" in convert) truncate -s 300000 "$last";; esac',
+            "qemu-img: ",
+        ),
+        (
+            f'for last; do :; done; case "$1" in convert) set -- create -q -f qcow2 "$last" 1M;; esac; {REAL}',
+            "the qcow2 has 1048576 bytes, and should have 25165824",
+        ),
+    ],
+)
+def test_a_qemu_img_that_only_says_so(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
+) -> None:
+    program = tmp_path / "bin/qemu-img"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n{script.replace('{raw}', str(raw))}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{PATH}")
+    with pytest.raises(FilesystemError, match=f"says that it made a qcow2, but {re.escape(reason)}"):
+        qcow2.convert(raw, tmp_path / "image", None)
 
 
 def patch(image: Path, at: int, data: bytes) -> None:

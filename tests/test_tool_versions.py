@@ -39,6 +39,8 @@ TOOL = Tool("tool", ("--version",))
         ('echo "mke2fs 1.47.0 (5-Feb-2023)" >&2; echo "Using EXT2FS Library version 1.47.0" >&2', "1.47.0"),
         ('echo "tool, $1 v6.1-rc2"', "6.1-rc2"),
         ("echo unreleased; echo more", "unreleased"),
+        (f"echo 1.{'2' * 5000}", f"1.{'2' * 108}"),
+        (f"echo {'x' * 5000}", "x" * 100),
     ],
 )
 def test_versions(tmp_path: Path, body: str, version: str) -> None:

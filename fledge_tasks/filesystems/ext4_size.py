@@ -7,6 +7,7 @@ reading the superblock, and made again with what was missing or too much.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import uuid
@@ -53,10 +54,16 @@ class Counts:
 
 
 def read_counts(image: Path) -> Counts:
-    """Read the counters of the first superblock ('The Super Block', Linux ext4 documentation)."""
-    with image.open("rb") as file:
+    """Read the counters of the first superblock ('The Super Block', Linux ext4 documentation).
+
+    Raises FilesystemError when there is none.
+    """
+    data = b""
+    with contextlib.suppress(FileNotFoundError), image.open("rb") as file:
         file.seek(1024)
         data = file.read(1024)
+    if len(data) < 1024 or data[0x38:0x3A] != b"\x53\xef":
+        raise FilesystemError("mke2fs says that it made a filesystem, but there is none")
     inodes, blocks, _, free, free_inodes = struct.unpack_from("<IIIII", data)
     blocks_high, _, free_high = struct.unpack_from("<III", data, 0x150)
     return Counts(blocks_high << 32 | blocks, free_high << 32 | free, inodes, free_inodes)
