@@ -127,5 +127,5 @@ def remove(path: Path) -> bool:
 def _read(folder: Path) -> dict[str, Written]:
     try:
         return msgspec.json.decode((folder / RECORD).read_bytes(), type=dict[str, Written])
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return {}

@@ -58,7 +58,19 @@ def test_edited_touched_truncated_and_replaced_files(file: Path) -> None:
     assert output.look(file, "key") == changed
 
 
-@pytest.mark.parametrize("record", [None, b"", b"{}", b"[]", b'{"rootfs.img": {}}', b'{"rootfs.img": {"key": "key"}}'])
+@pytest.mark.parametrize(
+    "record",
+    [
+        None,
+        b"",
+        b"{}",
+        b"[]",
+        b'{"rootfs.img": {}}',
+        b'{"rootfs.img": {"key": "key"}}',
+        b'{"rootfs.img": {"key": "\xff"}}',
+        b'{"rootfs.img": {"more": ' + b"[" * 100_000,
+    ],
+)
 def test_without_a_record_a_file_is_not_ours(file: Path, record: bytes | None) -> None:
     (file.parent / ".fledge.json").unlink()
     if record is not None:

@@ -154,7 +154,7 @@ def _type_in(manifest: Path) -> str:
 
 def _named_in(context: Context, manifest: Path) -> tuple[Planner, ImagePlan] | None:
     """Return the plan of the workspace's image that a manifest describes, None if there is none."""
-    with contextlib.suppress(InputError, OSError, ValueError, AttributeError):
+    with contextlib.suppress(InputError, OSError, ValueError, AttributeError, RecursionError):
         described = json.loads(manifest.read_bytes())
         planner = context.planner()
         for image in planner.workspace.select([str(described.get("name"))]):

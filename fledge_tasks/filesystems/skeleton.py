@@ -140,7 +140,7 @@ def read_map(path: Path) -> ImageMap:
     """Return the content of a map file. Raises StoreError for anything else."""
     try:
         image_map = msgspec.msgpack.decode(path.read_bytes(), type=ImageMap)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise StoreError(f"not an image map: {error}", where=str(path)) from None
     if image_map.magic != _MAGIC or image_map.version != FORMAT:
         raise StoreError(f"not an image map of format {FORMAT}", where=str(path))

@@ -153,7 +153,7 @@ def read_index(path: Path) -> list[Entry]:
     """Return all entries in archive order. Raises StoreError for anything but an index."""
     try:
         index = _decoder.decode(path.read_bytes())
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise StoreError(f"not a layer index: {error}", where=str(path)) from None
     if index.magic != _MAGIC or index.version != FORMAT:
         raise StoreError(f"not a layer index of format {FORMAT}", where=str(path))
