@@ -93,7 +93,7 @@ def check_manifest(image: Path, manifest: Path) -> Iterator[Difference]:
     """Yield what a manifest says otherwise of an image file. Raises OSError when the image cannot be read."""
     try:
         checksum = json.loads(manifest.read_bytes())["rootfs"]["checksum"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         yield Difference("", f"{manifest} is no manifest of an image: {type(error).__name__}: {error}")
         return
     if checksum != (found := sha256_file(image)):
@@ -126,7 +126,7 @@ def label(manifest: Path, name: str) -> str | None:
     """Return a label of a manifest, None if there is no such manifest or label."""
     try:
         value = json.loads(manifest.read_bytes())["labels"][name]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return value if isinstance(value, str) else None
 
@@ -140,7 +140,7 @@ def check_structure(image: Path, kind: str = "ext4") -> Iterator[Difference]:
         return
     checker = _CHECKERS[kind]
     try:
-        run([*checker, image])
+        run([*checker, f"./{image.name}"], cwd=image.parent)  # e2fsck takes what follows a '?' in folders for options
     except CommandError as error:
         lines = (error.output.decode(errors="replace") + error.stderr).splitlines()
         chatter = _CHATTER.get(kind, _NOTHING)

@@ -86,8 +86,8 @@ def load(root: Path) -> Workspace:
     Not looked into: `build` and `cache` of the root, the cache folder in use, hidden folders,
     node_modules, links to folders, and folders that this user may not read.
 
-    Raises InputError when `root` is no folder or holds no fledge.toml, and ConfigError with every
-    problem of every file, two images of one name included.
+    Raises InputError when `root` is no folder, has a path that is not UTF-8, or holds no fledge.toml,
+    and ConfigError with every problem of every file, two images of one name included.
     """
     if not os.path.isdir(root):
         raise InputError(
@@ -96,6 +96,8 @@ def load(root: Path) -> Workspace:
             hint=f"give the folder that holds {FILE_NAME} or folders with one",
         )
     root = Path(os.path.realpath(root))
+    if not _is_unicode(root):
+        raise InputError("its path is not UTF-8, and manifests hold paths as text", where=_shown(str(root)))
     build, cache = root / "build", cache_folder(root)
     files = sorted(_find(root, {str(build), str(root / "cache"), str(cache)}))
     if not files:
@@ -134,6 +136,10 @@ def _find(root: Path, skipped: set[str]) -> Iterator[str]:
                     entry.name.startswith(".") or entry.name in _SKIPPED or entry.path in skipped
                 ):
                     folders.append(entry.path)
+
+
+def _is_unicode(path: Path) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in str(path))
 
 
 def _shown(path: str) -> str:

@@ -23,7 +23,7 @@ from fledge_tasks.filesystems.libext2fs import Extent
 from fledge_tasks.fsutil import opened
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, Entry, Kind
 from fledge_tasks.tree import Inode
-from fledge_tasks.verify import check_manifest, check_structure, compare_tree, read_all
+from fledge_tasks.verify import check_manifest, check_structure, compare_tree, label, read_all
 from tests.layers import Member, folder, hardlink
 from tests.layouts import Place
 from tests.test_ext4_images import odd
@@ -177,6 +177,17 @@ def test_what_is_no_filesystem(tmp_path: Path) -> None:
     assert list(check_structure(file)) != []
 
 
+def test_a_folder_with_a_question_mark(tmp_path: Path) -> None:
+    """For libext2fs and e2fsck, options such as an offset begin there."""
+    place = Place(tmp_path / "what?offset=4096", tmp_path)
+    place.add_layout("web", [Member("a", b"a" * 9000)])
+    place.build()
+    assert place.fledge("verify", "web").code == 0
+    place.output("web").write_bytes(bytes(1 << 20))
+    result = place.fledge("verify", "web")
+    assert (result.code, "e2fsck: " in result.stdout) == (1, True)
+
+
 def test_manifests(tmp_path: Path) -> None:
     image, manifest = tmp_path / "rootfs.img", tmp_path / "manifest.json"
     image.write_bytes(b"image")
@@ -191,8 +202,9 @@ def test_manifests(tmp_path: Path) -> None:
     for named in ({**right["rootfs"], "format": "ext4"}, {"checksum": right["rootfs"]["checksum"]}):
         manifest.write_text(json.dumps({"rootfs": named}))
         assert len(list(check_manifest(image, manifest))) == 1
-    for text in ("", "[]", "{}", '{"rootfs": 1}', '{"rootfs": {"format": "raw"}}'):
+    for text in ("", "[]", "{}", '{"rootfs": 1}', '{"rootfs": {"format": "raw"}}', "[" * 100_000):
         manifest.write_text(text)
+        assert label(manifest, "any") is None
         [difference] = check_manifest(image, manifest)
         assert "is no manifest of an image" in difference.message
     manifest.unlink()

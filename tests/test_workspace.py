@@ -137,6 +137,14 @@ def test_a_folder_with_an_unprintable_name(tmp_path: Path) -> None:
     assert names(tmp_path) == ["web"]
 
 
+def test_a_workspace_whose_path_is_no_text(tmp_path: Path) -> None:
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/w\xff"))
+    add(root, "web")
+    with pytest.raises(InputError, match="its path is not UTF-8") as caught:
+        workspace.load(root)
+    assert str(caught.value).isprintable()
+
+
 def test_nothing_found(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         workspace.load(tmp_path)

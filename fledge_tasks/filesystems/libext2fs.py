@@ -101,6 +101,7 @@ unsigned int ext2fs_crc32c_le(unsigned int, const unsigned char *, size_t);
 void initialize_ext2_error_table(void);
 """
 
+_NO_OPTIONS = b""  # not NULL: what follows a question mark in the path would be taken for some
 _FLAG_RW, _FLAG_CHANGED, _FLAG_DIRTY, _FLAG_64BITS, _FLAG_MASTER_SB_ONLY = 0x01, 0x02, 0x04, 0x20000, 0x200
 _HALF_MD4 = 1  # EXT2_HASH_HALF_MD4, signed characters
 _SB_KBYTES_WRITTEN, _SB_FLAGS = 0x178, 0x160  # ext4 disk layout, 'The Super Block'
@@ -339,7 +340,7 @@ def opened_for_reading(image: Path) -> Iterator[Ext2Reader]:
     """Open the filesystem in `image`, which is not written to. Raises FilesystemError."""
     ffi, (library, message) = _library()
     handle = ffi.new("ext2_filsys *")
-    code = library.ext2fs_open2(bytes(image), ffi.NULL, _FLAG_64BITS, 0, 0, library.unix_io_manager, handle)
+    code = library.ext2fs_open2(bytes(image), _NO_OPTIONS, _FLAG_64BITS, 0, 0, library.unix_io_manager, handle)
     if code:
         raise FilesystemError(f"cannot be read as ext4: libext2fs: {message(code)}", where=str(image))
     try:
@@ -359,7 +360,7 @@ def opened(image: Path, now: int) -> Iterator[Ext2Filesystem]:
     handle = ffi.new("ext2_filsys *")
     filesystem = Ext2Filesystem(ffi, library, ffi.NULL, message)
     flags = _FLAG_RW | _FLAG_64BITS
-    filesystem._check(library.ext2fs_open2(bytes(image), ffi.NULL, flags, 0, 0, library.unix_io_manager, handle))
+    filesystem._check(library.ext2fs_open2(bytes(image), _NO_OPTIONS, flags, 0, 0, library.unix_io_manager, handle))
     try:
         fs = filesystem._fs = handle[0]
         fs.now = now
