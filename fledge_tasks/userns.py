@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # the store asks for this module, and a build that does nothi
 
 T = TypeVar("T")
 SUBUID, SUBGID = Path("/etc/subuid"), Path("/etc/subgid")
+_GRANT = re.compile(r"([^:]+):([0-9]{1,10}):([0-9]{1,10})")  # subuid(5)
 CAP_SYS_ADMIN = 21
 # What root needs to write a tree as it is: CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID, CAP_SETFCAP.
 _OWNING = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 31
@@ -151,12 +152,17 @@ def _subordinate(file: Path) -> list[tuple[int, int]]:
     with contextlib.suppress(KeyError):
         names.add(pwd.getpwuid(uid).pw_name)
     try:
-        lines = [line.split(":") for line in file.read_text().splitlines()]
+        lines = file.read_text(errors="replace").splitlines()
     except OSError:
         lines = []
-    numbers = [(line[1], line[2]) for line in lines if len(line) == 3 and line[0] in names]
-    found = [(int(first), int(count)) for first, count in numbers if first.isdecimal() and count.isdecimal()]
-    if not any(count for _, count in found):
+    found: list[tuple[int, int]] = []
+    for line in filter(None, map(_GRANT.fullmatch, lines)):
+        first, count = int(line[2]), int(line[3])
+        # Linux takes no empty range, and no id twice, as when a user is granted the same by name and by number.
+        is_free = all(first + count <= other or other + size <= first for other, size in found)
+        if line[1] in names and count and is_free:
+            found.append((first, count))
+    if not found:
         name = min(names, key=str.isdecimal)
         raise FilesystemError(
             f"{file} grants no subordinate ids to {name}",

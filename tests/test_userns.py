@@ -71,6 +71,9 @@ def test_root_needs_no_namespace() -> None:
         ("root:100:10\n", 11),
         ("0:100:10", 11),
         ("other:1:1\nroot:100:10\nroot:500:5\n0:7:1\n\nbroken\nroot:x:1\n", 17),
+        ("root:100:10\n0:100:10\nroot:95:6\nroot:109:1\nroot:102:3\nroot:90:30\nroot:110:1\n", 12),
+        (f"root:50:0\nroot:{'9' * 5000}:1\nroot:1:{'9' * 5000}\nroot:\u0661:1\nroot:-1:5\nroot:100:10\n", 11),
+        ("# f\udcfcr alle\nroot:100:10\n", 11),
     ],
 )
 def test_what_is_granted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, ids: int) -> None:
@@ -78,7 +81,7 @@ def test_what_is_granted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: 
     monkeypatch.setattr(os, "getuid", lambda: 0)
     for name in ("SUBUID", "SUBGID"):
         monkeypatch.setattr(userns, name, tmp_path / "file")
-    (tmp_path / "file").write_text(text)
+    (tmp_path / "file").write_text(text, errors="surrogateescape")
     found = userns.ids()
     assert found.users == found.groups == ((0, ids),)
     assert found.hold(0, ids - 1) and not found.hold(ids, 0) and not found.hold(0, ids)
@@ -114,6 +117,17 @@ def test_inside_one_is_root_of_what_is_granted(run: Run) -> None:
         """
     )
     assert found == [0, 0, ["0", "65534", "1", "1", "100000", "65536"], 165_535, 100_002, 65534, None]
+
+
+def test_what_is_granted_twice_or_not_at_all_is_no_obstacle(run: Run) -> None:
+    found = run(
+        """
+        Path("grants").write_bytes(b"nobody:100000:65536\\n65534:100000:65536\\nnobody:100005:0\\n\\xff\\n")
+        userns.SUBUID = userns.SUBGID = Path("grants")
+        print(json.dumps(str(userns.obstacle())))
+        """
+    )
+    assert found == "None"
 
 
 def test_errors_come_out_of_it(run: Run) -> None:
