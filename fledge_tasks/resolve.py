@@ -18,7 +18,7 @@ from fledge_tasks import agent
 from fledge_tasks.config import ImageConfig
 from fledge_tasks.digest import Digest, sha256_bytes, short
 from fledge_tasks.download import download, without_secrets
-from fledge_tasks.errors import AgentError, OfflineError, SourceError
+from fledge_tasks.errors import AgentError, LockError, OfflineError, SourceError
 from fledge_tasks.fresh import is_resolved, is_unpacked
 from fledge_tasks.keys import Agent, Config
 from fledge_tasks.lock import LockedAgent, LockedImage
@@ -38,8 +38,8 @@ def resolve(planner: Planner, image: ImageConfig, *, update: bool = False, updat
 
     Layers that had to be exported for that go into the store, too. With `update` an image that is
     pinned is asked for anew, with `update_agent` an agent. However many images name one agent at
-    once, it is asked for once. Raises what `source.resolve` and `download` raise; the lock file is
-    as it was then.
+    once, it is asked for once. Raises what `source.resolve` and `download` raise, and LockError when the
+    planner is locked and would have to pin another image; the lock file is as it was then.
     """
     store = planner.store
     name, agent_name = planner.lock_name(image), planner.agent_name(image)
@@ -51,6 +51,12 @@ def resolve(planner: Planner, image: ImageConfig, *, update: bool = False, updat
         pinned = planner.lock.read().images.get(name)
         is_pinned = pinned is not None and pinned.image.origin == "docker"
         locked, moved = _resolve_image(planner, image, key, pinned if is_pinned and not update else None)
+        if planner.locked and (pinned is None or _content(locked) != _content(pinned)):
+            raise LockError(
+                f"{name} is not what the image itself says",
+                where=str(planner.workspace.lock),
+                hint="fledge.lock was edited by hand: run `fledge lock` without --locked",
+            )
         with contextlib.ExitStack() as stack:
             agents: dict[str, LockedAgent] = {}
             if agent_name is not None:
@@ -64,6 +70,11 @@ def resolve(planner: Planner, image: ImageConfig, *, update: bool = False, updat
             planner.lock.update({name: locked}, agents)
     planner.forget(image)
     return {"bytes": moved}
+
+
+def _content(locked: LockedImage) -> tuple[str, list[str]]:
+    """Return what an image is made of, however it is packed where it was found."""
+    return locked.image.config, [layer.diff_id for layer in locked.image.layers]
 
 
 def _resolve_image(

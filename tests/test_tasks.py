@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -446,6 +447,19 @@ def refused(place: Place, *messages: str) -> None:
     for message in messages:
         assert message in result.stderr
     assert (file.read_bytes() if file.exists() else None) == before
+
+
+def test_locked_with_a_lock_that_lies(built: Place) -> None:
+    """The config that it names is in no cache, so the source is asked, which knows better."""
+    file = built.root / "fledge.lock"
+    lock = json.loads(file.read_bytes())
+    [entry] = lock["images"].values()
+    entry["image"]["config"] = f"sha256:{'1' * 64}"
+    file.write_text(json.dumps(lock))
+    shutil.rmtree(built.root / "cache")
+    refused(built, "web linux/amd64 is not what the image itself says", "hint: fledge.lock was edited by hand")
+    assert built.fledge("lock").code == 0
+    assert built.build("--locked").code == 0
 
 
 def test_locked_without_an_entry(place: Place) -> None:
