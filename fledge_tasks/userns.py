@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, TypeVar
 from fledge_tasks import fsutil, interrupt
 from fledge_tasks.errors import CommandError, FilesystemError, FledgeError, ToolError
 from fledge_tasks.interrupt import Interrupted
-from fledge_tasks.run import run
+from fledge_tasks.run import package_of, run
 
 if TYPE_CHECKING:  # the store asks for this module, and a build that does nothing for no process
     from multiprocessing import connection
@@ -183,7 +183,8 @@ def _map_ids(pid: int | None, ranges: tuple[list[tuple[int, int]], list[tuple[in
         except ToolError as error:
             raise FilesystemError(error.message, hint=error.hint) from None
         except CommandError as error:
-            raise FilesystemError(f"a user namespace cannot be set up: {error.stderr.strip()}") from None
+            hint = f"as root, if it is not set-user-ID any more: apt-get install --reinstall {package_of(program)}"
+            raise FilesystemError(f"a user namespace cannot be set up: {error.stderr.strip()}", hint=hint) from None
 
 
 def _answer(receiver: connection.Connection) -> object:

@@ -175,7 +175,9 @@ def test_programs_that_are_missing_or_refuse(run: Run) -> None:
         """
     )
     assert "newuidmap is not installed" in found[0] and "apt-get install uidmap" in found[0]
-    assert found[1] == "a user namespace cannot be set up: it is not allowed"
+    assert found[1].startswith(
+        "a user namespace cannot be set up: it is not allowed\n  hint: as root, if it is not set-"
+    )
 
 
 def test_user_namespaces_that_are_not_allowed(run: Run) -> None:
