@@ -441,6 +441,16 @@ def test_a_reader_that_has_seen_enough(program: Workspace) -> None:
     assert "BrokenPipe" not in done.stderr
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed(program: Workspace, closed: str) -> None:
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", *program.command("build")]
+    result = program.run(command, program.root, 60)
+    assert (result.code, "Traceback" in result.stderr) == (0, False)
+    assert (result.stdout == "") == (" >&-" in f" {closed}")
+    assert (result.stderr == "") == ("2>&-" in closed)
+    assert program.fledge("verify").code == 0
+
+
 # --- several at once ---------------------------------------------------------------------------------------------
 
 

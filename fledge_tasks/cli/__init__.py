@@ -41,7 +41,19 @@ def cli(context: click.Context, folder: Path) -> None:
 
 def main() -> None:
     """Run the command line and exit."""
+    _open_standard_streams()
     sys.exit(_run())
+
+
+def _open_standard_streams() -> None:
+    """Give those that the caller closed to /dev/null: the next file that is opened would take their number."""
+    for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
+            setattr(sys, name, open(fd, mode, closefd=False, encoding="utf-8"))  # noqa: SIM115  # for good
 
 
 def _run() -> int:
