@@ -19,7 +19,7 @@ from typing import Any
 
 from fledge_tasks import agent, collector, fsutil, mappings
 from fledge_tasks.digest import short
-from fledge_tasks.errors import BlobError, StoreError
+from fledge_tasks.errors import BlobError, LockError, StoreError
 from fledge_tasks.filesystems import backend, possible, skeleton
 from fledge_tasks.filesystems.options import OPTIONS
 from fledge_tasks.filesystems.parameters import Parameters
@@ -29,6 +29,7 @@ from fledge_tasks.keys import Stage
 from fledge_tasks.oci import source
 from fledge_tasks.oci.layer import unpack as unpack_layer
 from fledge_tasks.oci.layer_index import IndexWriter, read_index
+from fledge_tasks.oci.manifest import diff_ids
 from fledge_tasks.oci.payload import PayloadWriter
 from fledge_tasks.plan import ImagePlan, Layer
 from fledge_tasks.planner import Planner
@@ -165,9 +166,10 @@ def drop_blob(store: Store, layer: Layer) -> None:
 
 
 def mkfs(planner: Planner, plan: ImagePlan) -> Values:
-    """Merge all layers and the customization, and make the filesystem without its file data."""
+    """Merge all layers and the customization, and make the filesystem without its file data. Raises LockError."""
     store, key = planner.store, plan.mkfs.key()
     with store.building(key), collector.paused():
+        _check_layers(planner, plan)
         _customize(store, plan)
         if store.find(key) is not None:
             return HIT
@@ -185,6 +187,20 @@ def mkfs(planner: Planner, plan: ImagePlan) -> Values:
             info = {"image_bytes": made.image_bytes, "free_bytes": filled.free_bytes, "free_inodes": filled.free_inodes}
             entry = _publish(store, plan.mkfs, folder, info=info)
     return {"bytes": entry.size}
+
+
+def _check_layers(planner: Planner, plan: ImagePlan) -> None:
+    """Raise LockError when the lock file has other layers for an image than its config: it would be another image."""
+    config = planner.store.find(plan.config.key())
+    if config is None:
+        return
+    found = diff_ids(config.file(DATA).read_bytes(), where=f"{plan.image.name}: OCI config")
+    if found != tuple(layer.ref.diff_id for layer in plan.layers):
+        raise LockError(
+            f"the layers of {planner.lock_name(plan.image)} are not those of its config",
+            where=str(planner.workspace.lock),
+            hint="if it was edited by hand, run `fledge lock --update`",
+        )
 
 
 def _say_least(planner: Planner, plan: ImagePlan, image_bytes: int, free_bytes: int) -> None:

@@ -462,6 +462,21 @@ def test_locked_with_a_lock_that_lies(built: Place) -> None:
     assert built.build("--locked").code == 0
 
 
+@pytest.mark.parametrize("layers", [slice(None, None, -1), slice(0, 1), slice(0, 0)])
+def test_a_lock_with_other_layers_than_the_image(built: Place, layers: slice) -> None:
+    file = built.root / "fledge.lock"
+    lock = json.loads(file.read_bytes())
+    [entry] = lock["images"].values()
+    assert len(entry["image"]["layers"]) == 2
+    entry["image"]["layers"] = entry["image"]["layers"][layers]
+    file.write_text(json.dumps(lock))
+    before = sha256_of(built.output("web"))
+    refused(built, "the layers of oci:layouts/web linux/amd64 are not those of its config", "hint: if it was edited")
+    assert sha256_of(built.output("web")) == before
+    assert built.fledge("lock", "--update").code == 0
+    assert built.build("--locked").stages("web") == []
+
+
 def test_locked_without_an_entry(place: Place) -> None:
     refused(place, "web: oci:layouts/web linux/amd64 is not in fledge.lock", "hint: run `fledge lock` without --locked")
     assert not (place.root / "build").exists()

@@ -259,6 +259,12 @@ def parse_config(config: bytes, *, where: str) -> dict[str, Any]:
     return _decode(dict[str, Any], config, CONFIG_LIMIT_BYTES, "config", where)
 
 
+def diff_ids(config: bytes, *, where: str) -> tuple[str, ...]:
+    """Return the diff IDs of an image's layers, from the lowest up (OCI image spec, config.md). Raises SourceError."""
+    fields = _decode(_Config, config, CONFIG_LIMIT_BYTES, "config", where)
+    return tuple(fields.rootfs.diff_ids or ()) if fields.rootfs else ()
+
+
 def check_platform(os: str, architecture: str, variant: str, asked: Platform, *, where: str) -> None:
     """Raise SourceError when an image is for another platform; what it does not say is not compared."""
     found = Platform.normal(os, architecture, variant)
