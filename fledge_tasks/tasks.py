@@ -47,6 +47,9 @@ _DOCS = {
 }
 
 
+_BUILDERS = ("fledge_tasks.resolve", "fledge_tasks.results")  # and what they import: the other stages
+
+
 class _Fresh:
     """An up-to-date check: asks `function`, and takes an error for 'no', since the action will meet it, too."""
 
@@ -72,7 +75,8 @@ class _Fresh:
                 return True
             self._missing()
         # Now that something has to run: workers are forked from this process, and need not import it.
-        importlib.import_module("fledge_tasks.resolve")
+        for name in _BUILDERS:
+            importlib.import_module(name)
         return False
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fledge_tasks import stages
+from fledge_tasks import stages, tasks
 from fledge_tasks.digest import short
 from fledge_tasks.filesystems import libext2fs
 from fledge_tasks.keys import Unpack
@@ -490,3 +494,19 @@ def test_locked_with_a_stale_entry(built: Place) -> None:
 def test_a_platform_has_its_own_entry(built: Place) -> None:
     edit(built, 'web"\n', 'web"\nplatform = "linux/arm64"\n')
     refused(built, "oci:layouts/web linux/arm64 is not in fledge.lock")
+
+
+def test_workers_need_not_import_the_stages() -> None:
+    """All that tasks import late is in what is imported before the first worker is forked."""
+    late = {
+        alias.name if node.module == "fledge_tasks" else str(node.module).rpartition(".")[2]
+        for function in ast.walk(ast.parse(inspect.getsource(tasks)))
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert {"resolve", "stages", "results"} <= late
+    code = f"import importlib, sys\nfor name in {tasks._BUILDERS}: importlib.import_module(name)\nprint(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {f"fledge_tasks.{name}" for name in late} <= set(found)
