@@ -24,7 +24,7 @@ import msgspec
 
 from fledge_tasks import fsutil
 from fledge_tasks.digest import is_digest
-from fledge_tasks.errors import LockError
+from fledge_tasks.errors import NOT_DECODED, LockError
 from fledge_tasks.index import signature
 from fledge_tasks.oci.manifest import Image
 
@@ -73,7 +73,7 @@ class LockFile:
         if seen != self._seen:
             try:
                 content = msgspec.json.decode(self.path.read_bytes(), type=Content)
-            except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            except (OSError, *NOT_DECODED) as error:
                 raise LockError(f"cannot be read: {error}", where=str(self.path), hint=_HINT) from None
             if content.version != VERSION:
                 raise LockError(

@@ -19,6 +19,7 @@ import msgspec
 
 from fledge_tasks import fsutil
 from fledge_tasks.digest import Digest, sha256_bytes
+from fledge_tasks.errors import NOT_DECODED
 from fledge_tasks.store import Store
 
 RECORD = ".fledge.json"
@@ -127,5 +128,5 @@ def remove(path: Path) -> bool:
 def _read(folder: Path) -> dict[str, Written]:
     try:
         return msgspec.json.decode((folder / RECORD).read_bytes(), type=dict[str, Written])
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except (OSError, *NOT_DECODED):
         return {}

@@ -38,7 +38,7 @@ import msgspec
 
 from fledge_tasks import fsutil, userns
 from fledge_tasks.digest import Digest, is_digest, sha256_bytes, short, xxh3_file
-from fledge_tasks.errors import StoreError
+from fledge_tasks.errors import NOT_DECODED, StoreError
 from fledge_tasks.index import Index, signature
 from fledge_tasks.leases import Leases
 from fledge_tasks.notices import Notices
@@ -83,7 +83,7 @@ def parse_record(data: bytes, key: Digest) -> Record | None:
     """Return the record of an entry, None if these bytes are not one of that key, or name what no entry holds."""
     try:
         record = msgspec.json.decode(data, type=Record)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except NOT_DECODED:
         return None
     # Names are joined to the entry's folder: what leads out of it would be read there, and made read-only.
     if record.format != FORMAT or RECORD in record.files or not all(map(_FILE_NAME.fullmatch, record.files)):

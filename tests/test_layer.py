@@ -14,16 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import pytest
 import xxhash
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fledge_tasks.errors import BlobError, FledgeError, LayerError, LimitError
+from fledge_tasks.errors import BlobError, FledgeError, LayerError, LimitError, StoreError
 from fledge_tasks.oci import limits
 from fledge_tasks.oci.layer import Unpacked, clean, unpack
-from fledge_tasks.oci.layer_index import BLOCK_BYTES, Entry, Kind, Run, read_index
+from fledge_tasks.oci.layer_index import BLOCK_BYTES, FORMAT, Entry, Kind, Run, read_index
 from fledge_tasks.oci.limits import Limits
 from fledge_tasks.oci.payload import PayloadWriter
 from tests.layers import LIMITS, Compression, Member, archive, compress, digest, folder, hardlink, layer, symlink
@@ -538,3 +539,13 @@ def test_a_damaged_layer_raises_nothing_but_layer_errors(tmp_path: Path, changes
         except FledgeError as error:
             assert isinstance(error, LayerError)  # noqa: PT017
             assert error.where == "layer 1"  # noqa: PT017
+
+
+@pytest.mark.parametrize("more", [b"\xff" * 10, b"\x91" * 100_000 + b"\0"], ids=["long", "deep"])
+def test_anything_else_is_no_index(tmp_path: Path, more: bytes) -> None:
+    index = msgspec.msgpack.encode(["fledge-layer", FORMAT, []])
+    (tmp_path / "index").write_bytes(index)
+    assert read_index(tmp_path / "index") == []
+    (tmp_path / "index").write_bytes(b"\x94" + index[1:] + more)
+    with pytest.raises(StoreError, match="not a layer index"):
+        read_index(tmp_path / "index")

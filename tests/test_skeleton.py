@@ -109,8 +109,9 @@ def test_save_joins_extents(tmp_path: Path) -> None:
         msgspec.msgpack.encode(["fledge-layer", 1, 1, [], []]),
         msgspec.msgpack.encode(["fledge-skeleton", 1, 1, []]),
         msgspec.msgpack.encode(["fledge-skeleton", 1, 1, [], []]) + b"\0",
+        b"\x96" + msgspec.msgpack.encode(["fledge-skeleton", 1, 1, [], []])[1:] + b"\x91" * 100_000 + b"\0",
     ],
-    ids=["empty", "text", "other version", "other magic", "too short", "too long"],
+    ids=["empty", "text", "other version", "other magic", "too short", "too long", "too deep"],
 )
 def test_anything_else_is_not_a_map(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "map").write_bytes(content)

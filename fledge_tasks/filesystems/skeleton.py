@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 import zstandard
 
-from fledge_tasks.errors import StoreError
+from fledge_tasks.errors import NOT_DECODED, StoreError
 from fledge_tasks.fsutil import data_ranges
 
 BLOCK_BYTES = 4096
@@ -140,7 +140,7 @@ def read_map(path: Path) -> ImageMap:
     """Return the content of a map file. Raises StoreError for anything else."""
     try:
         image_map = msgspec.msgpack.decode(path.read_bytes(), type=ImageMap)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (OSError, *NOT_DECODED) as error:
         raise StoreError(f"not an image map: {error}", where=str(path)) from None
     if image_map.magic != _MAGIC or image_map.version != FORMAT:
         raise StoreError(f"not an image map of format {FORMAT}", where=str(path))

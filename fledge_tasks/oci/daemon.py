@@ -20,7 +20,7 @@ from urllib.parse import SplitResult, quote, urlsplit
 import msgspec
 
 from fledge_tasks.digest import is_digest
-from fledge_tasks.errors import ImageNotFoundError, NoDaemonError, SourceError
+from fledge_tasks.errors import NOT_DECODED, ImageNotFoundError, NoDaemonError, SourceError
 
 DEFAULT_HOST = "unix:///var/run/docker.sock"
 TIMEOUT_SECONDS = 10.0
@@ -144,7 +144,7 @@ def parse_answer(body: bytes, where: str) -> DaemonImage:
         identity = fields.id if ":" in fields.id else f"sha256:{fields.id}"
         if not is_digest(identity):
             raise msgspec.ValidationError(f"image ID {fields.id[:100]!r}")
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+    except NOT_DECODED as error:
         raise SourceError(f"what answers is no Docker daemon: {error}", where=where, hint=_SKIP_HINT) from None
     # Only the containerd image store answers with the descriptor of a manifest.
     is_config_id = fields.descriptor is None

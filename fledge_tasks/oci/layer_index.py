@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from fledge_tasks.errors import StoreError
+from fledge_tasks.errors import NOT_DECODED, StoreError
 
 FORMAT = 1
 BLOCK_BYTES = 4096
@@ -153,7 +153,7 @@ def read_index(path: Path) -> list[Entry]:
     """Return all entries in archive order. Raises StoreError for anything but an index."""
     try:
         index = _decoder.decode(path.read_bytes())
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (OSError, *NOT_DECODED) as error:
         raise StoreError(f"not a layer index: {error}", where=str(path)) from None
     if index.magic != _MAGIC or index.version != FORMAT:
         raise StoreError(f"not a layer index of format {FORMAT}", where=str(path))

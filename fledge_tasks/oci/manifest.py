@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from fledge_tasks.digest import is_digest, sha256_bytes
-from fledge_tasks.errors import BlobError, InputError, SourceError
+from fledge_tasks.errors import NOT_DECODED, BlobError, InputError, SourceError
 
 MANIFEST_LIMIT_BYTES = 4 << 20
 CONFIG_LIMIT_BYTES = 8 << 20
@@ -313,5 +313,5 @@ def _decode(kind: type[_T], data: bytes, limit: int, what: str, where: str) -> _
         raise SourceError(f"the {what} is larger than {limit >> 20} MiB", where=where)
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+    except NOT_DECODED as error:
         raise SourceError(f"the {what} is not well-formed: {error}", where=where) from None
