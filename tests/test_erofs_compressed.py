@@ -27,7 +27,7 @@ from tests import trees
 from tests.real.compare import compare_trees
 from tests.test_ext4_images import ACL, odd
 from tests.test_verify import contents, settable
-from tests.tools import PATH, need, need_root
+from tests.tools import PATH, need, need_root, put_before
 from tests.trees import EPOCH, MIB, PARAMETERS, Built, Content, build, mounted, tree_of
 
 
@@ -107,11 +107,8 @@ def test_the_same_bytes_at_another_time(
     image: tuple[Content, Built, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need("faketime")
-    (tmp_path / "bin").mkdir()
-    script, real = tmp_path / "bin" / "mkfs.erofs", shutil.which("mkfs.erofs", path=PATH)
-    script.write_text(f"#!/bin/sh\nexec faketime '2001-02-03 04:05:06' {real} \"$@\"\n")
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{PATH}")
+    real = shutil.which("mkfs.erofs", path=PATH)
+    put_before(monkeypatch, tmp_path, "mkfs.erofs", f"exec faketime '2001-02-03 04:05:06' {real} \"$@\"")
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "77")
     assert made(tmp_path, image[0]).assembled.sha256 == image[1].assembled.sha256
 

@@ -16,7 +16,7 @@ from fledge_tasks.filesystems import ext4_size
 from fledge_tasks.filesystems.ext4_size import Counts, create, read_counts
 from fledge_tasks.filesystems.sizing import Wanted
 from fledge_tasks.oci.layer_index import BLOCK_BYTES
-from tests.tools import PATH, need
+from tests.tools import need, put_before
 from tests.trees import MIB, PARAMETERS, tool
 
 SLACK_BYTES = 256 * 1024
@@ -181,11 +181,7 @@ def test_a_size_that_cannot_be_had_is_reported(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("script", ["exit 0", 'for word; do case "$word" in */image) : > "$word";; esac; done'])
 def test_a_mke2fs_that_only_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    program = tmp_path / "bin/mke2fs"
-    program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{PATH}")
+    put_before(monkeypatch, tmp_path, "mke2fs", script)
     with pytest.raises(FilesystemError, match="mke2fs says that it made a filesystem, but there is none"):
         sized(tmp_path, 1, 10, 10)
     assert (tmp_path / "image").exists() == (script != "exit 0")

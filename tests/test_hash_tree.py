@@ -19,7 +19,7 @@ from fledge_tasks.hash_tree import BLOCK_BYTES, Superblock
 from tests.layers import Member, folder
 from tests.layouts import Place
 from tests.test_drills_disk import mounted
-from tests.tools import PATH, as_nobody, have_only, need, need_root
+from tests.tools import PATH, as_nobody, have_only, need, need_root, put_before
 from tests.trees import tool
 from tests.workspaces import Workspace, doit, sha256_of
 
@@ -157,11 +157,7 @@ def test_a_veritysetup_that_only_says_so(
         "another salt": f'shift 7; exec {real} format --salt=00 "$@"',
         "another root hash": f"{real} \"$@\" | sed 's/Root hash:.*/Root hash: {'0' * 64}/'",
     }[what]
-    program = tmp_path / "bin/veritysetup"
-    program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{PATH}")
+    put_before(monkeypatch, tmp_path, "veritysetup", script)
     with pytest.raises(FilesystemError, match=r"(not a|made no) hash tree"):
         make(image)
 
@@ -280,13 +276,8 @@ def test_why(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "  manifest:web             rootfs.verity is not there",
     ]
     assert place.build().stages("web") == ["verity", "manifest"]
-    (tmp_path / "bin").mkdir()
-    newer = tmp_path / "bin" / "veritysetup"
-    newer.write_text(
-        f'#!/bin/sh\ntest "$1" = --version && exec echo veritysetup 99.1\nPATH={PATH} exec veritysetup "$@"\n'
-    )
-    newer.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{newer.parent}:{PATH}")
+    newer = f'test "$1" = --version && exec echo veritysetup 99.1\nPATH={PATH} exec veritysetup "$@"'
+    put_before(monkeypatch, tmp_path, "veritysetup", newer)
     [miss, _] = place.fledge("plan").stdout.splitlines()[1:]
     assert "tools[0]: " in miss and "cryptsetup-bin 99.1\" (the host's tools)" in miss
     assert place.build().stages("web") == ["verity"]

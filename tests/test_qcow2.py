@@ -20,7 +20,7 @@ from fledge_tasks.run import run
 from tests.layers import Member, folder
 from tests.layouts import Place
 from tests.test_drills_disk import mounted
-from tests.tools import PATH, have_only, need
+from tests.tools import PATH, have_only, need, put_before
 from tests.trees import tool
 from tests.workspaces import Workspace, sha256_of
 
@@ -143,11 +143,7 @@ REAL = f'exec {shutil.which("qemu-img", path=PATH)} "$@"'
 def test_a_qemu_img_that_only_says_so(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
 ) -> None:
-    program = tmp_path / "bin/qemu-img"
-    program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\n{script.replace('{raw}', str(raw))}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{PATH}")
+    put_before(monkeypatch, tmp_path, "qemu-img", script.replace("{raw}", str(raw)))
     with pytest.raises(FilesystemError, match=f"says that it made a qcow2, but {re.escape(reason)}"):
         qcow2.convert(raw, tmp_path / "image", None)
 
@@ -289,12 +285,8 @@ def test_files_of_the_user_stay(place: Place) -> None:
 
 def test_another_version_of_qemu_img(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place.build()
-    newer = tmp_path / "bin" / "qemu-img"
-    newer.parent.mkdir()
-    newer.write_text('#!/bin/sh\ntest "$1" = --version && { echo qemu-img version 99.1.0; exit; }\n'
-                     f'PATH={PATH} exec qemu-img "$@"\n')  # fmt: skip
-    newer.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{newer.parent}:{PATH}")
+    newer = f'test "$1" = --version && exec echo qemu-img version 99.1.0\nPATH={PATH} exec qemu-img "$@"'
+    put_before(monkeypatch, tmp_path, "qemu-img", newer)
     assert "the host's tools" in place.fledge("explain").stdout
     assert place.build().stages("web") == ["assemble"], "the same bytes: the manifest stays"
     rewrite(place, 'format = "qcow2"', 'format = "raw"')

@@ -48,6 +48,15 @@ def have_only(monkeypatch: pytest.MonkeyPatch, folder: Path, *programs: str) -> 
     monkeypatch.setattr("fledge_tasks.tools.environment", lambda: {"PATH": str(folder)})
 
 
+def put_before(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, script: str) -> None:
+    """Let a shell script in the new folder `bin` of `folder` be found before the program of this name."""
+    program = folder / "bin" / name
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{PATH}")
+
+
 def as_nobody() -> list[str]:
     """Return the prefix of a command that runs as nobody, without a single capability.
 
