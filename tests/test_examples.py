@@ -92,6 +92,18 @@ def test_monorepo_with_doit_and_four_jobs(copy: Path, tmp_path: Path) -> None:
         assert result.image(name)["sha256"] == sha256_of(workspace.output(name))
 
 
+def test_the_checkout_is_a_workspace_of_all_examples(copy: Path, tmp_path: Path) -> None:
+    shutil.copy(REPOSITORY / "dodo.py", copy.parent)
+    workspace = Workspace(copy.parent, tmp_path)
+    tasks = doit(workspace, "list", "--all", "--quiet").split()
+    assert {f"build:{name}" for name in ("api", "hello", "nginx", "web", "worker")} <= set(tasks)
+    doit(workspace, "build:hello", "build:api")
+    assert workspace.build("hello", "api").stages("hello") == []
+    alone = Workspace(copy / "hello", tmp_path)
+    assert alone.build().image("hello")["sha256"] == sha256_of(workspace.output("hello"))
+    assert not workspace.output("web").exists()
+
+
 def test_nginx_is_a_valid_workspace(copy: Path) -> None:
     [image] = workspaces.load(copy / "nginx").images
     assert (image.name, image.source.image, image.filesystem.size_buffer_mb) == ("nginx", "nginx:alpine", 100)
