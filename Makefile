@@ -72,7 +72,7 @@ fuzz: venv
 	$(BIN)/python -m fuzz layer -max_total_time=$(FUZZ_SECONDS)
 	$(BIN)/python -m fuzz manifest -max_total_time=$(FUZZ_SECONDS)
 
-setup: venv kernel
+setup: venv test-tools kernel
 
 venv: python $(VENV)/.stamp
 
