@@ -71,6 +71,8 @@ class LockFile:
             self._seen, self._content = None, Content()
             return self._content
         if seen != self._seen:
+            if not self.path.is_file():
+                raise LockError("cannot be read: it is not a file", where=str(self.path), hint=_HINT)
             try:
                 content = msgspec.json.decode(self.path.read_bytes(), type=Content)
             except (OSError, *NOT_DECODED) as error:

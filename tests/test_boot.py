@@ -143,7 +143,8 @@ def test_the_initramfs_reaches_qemu(place: Place, qemu: FakeQemu) -> None:
 def test_an_initramfs_of_the_user(place: Place, qemu: FakeQemu, tmp_path: Path) -> None:
     built(place)
     own = tmp_path / "own"
-    assert f"error: {own}: there is no such initramfs" in place.fledge("boot", "web", "--initrd", str(own)).stderr
+    refused = place.fledge("boot", "web", "--initrd", str(own))
+    assert (refused.code, refused.stderr) == (2, f"error: {own}: there is no such initramfs\n")
     own.write_bytes(b"")
     qemu.does('say("[    0.000000] Linux version 6.1"); serve(200)')
     result = place.fledge("boot", "web", "--initrd", str(own))
@@ -156,7 +157,8 @@ def test_an_initramfs_of_the_user(place: Place, qemu: FakeQemu, tmp_path: Path) 
 def test_a_kernel_of_the_user(place: Place, qemu: FakeQemu, tmp_path: Path) -> None:
     built(place)
     own = tmp_path / "bzImage"
-    assert f"error: {own}: there is no such kernel" in place.fledge("boot", "web", "--kernel", str(own)).stderr
+    refused = place.fledge("boot", "web", "--kernel", str(own))
+    assert (refused.code, refused.stderr) == (2, f"error: {own}: there is no such kernel\n")
     own.write_bytes(b"")
     qemu.does("up(); serve(200)")
     result = place.fledge("boot", "web", "--kernel", str(own))

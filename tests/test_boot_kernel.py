@@ -10,7 +10,7 @@ import zstandard
 
 from fledge_tasks.boot import kernel
 from fledge_tasks.boot.kernel import Kernel, find, folder
-from fledge_tasks.errors import BootError
+from fledge_tasks.errors import BootError, InputError
 
 VERSION = "6.1.0-9-cloud-amd64"
 
@@ -85,7 +85,7 @@ def test_one_that_is_given(tmp_path: Path) -> None:
     (tmp_path / "bzImage").write_bytes(b"")
     assert find(tmp_path / "bzImage") == Kernel(tmp_path / "bzImage", None)
     assert find(tmp_path / "bzImage").load_order(["ext4"]) == []
-    with pytest.raises(BootError, match="there is no such kernel"):
+    with pytest.raises(InputError, match="there is no such kernel"):
         find(tmp_path / "none")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -178,9 +180,11 @@ def test_a_file_that_cannot_be_used(file: LockFile, change: object, message: str
     assert file.path.read_bytes() == before
 
 
-def test_a_folder_in_its_place(tmp_path: Path) -> None:
-    with pytest.raises(LockError, match="Is a directory"):
-        LockFile(tmp_path).read()
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_something_else_in_its_place(file: LockFile, make: Callable[[Path], None]) -> None:
+    make(file.path)
+    with pytest.raises(LockError, match="it is not a file"):  # a FIFO would be waited for
+        file.read()
 
 
 def test_the_records_hold_what_is_documented() -> None:

@@ -12,7 +12,7 @@ from fledge_tasks.boot import initramfs
 from fledge_tasks.boot.kernel import Kernel
 from fledge_tasks.boot.qemu import Hardware
 from fledge_tasks.boot.workload import Workload
-from fledge_tasks.errors import BootError
+from fledge_tasks.errors import InputError
 from fledge_tasks.fsutil import write_all
 
 
@@ -30,7 +30,8 @@ def prepared(
     """Yield the guest that runs `workload`, or instead of it a shell on a terminal of the type `shell`.
 
     Our initramfs is in memory alone and goes with the block. `initrd` takes its place, and is told root and
-    type of filesystem on the kernel's command line. Raises BootError and ToolError for what is not there.
+    type of filesystem on the kernel's command line. Raises InputError when it is not there, BootError for a module
+    that the kernel does not have, ToolError without a busybox for it.
     """
     descriptors: list[int] = []
     with contextlib.ExitStack() as stack:
@@ -45,7 +46,7 @@ def prepared(
             mode = "ro" if filesystem in initramfs.READ_ONLY else "rw"
             words, place = f"root=/dev/vda rootfstype={filesystem} {mode}", initrd
         else:
-            raise BootError("there is no such initramfs", where=str(initrd))
+            raise InputError("there is no such initramfs", where=str(initrd))
         yield Hardware(
             image=image,
             disk_format="qcow2" if qcow2.is_qcow2(image) else "raw",

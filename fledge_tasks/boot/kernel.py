@@ -16,7 +16,7 @@ from pathlib import Path
 
 import zstandard
 
-from fledge_tasks.errors import BootError
+from fledge_tasks.errors import BootError, InputError
 
 FOLDER_VARIABLE = "FLEDGE_KERNEL_DIR"
 _PREFIX = "vmlinuz-"
@@ -60,11 +60,11 @@ def find(given: Path | None = None) -> Kernel:
     """Return the kernel that was `given`, else the newest of Debian's cloud kernels where they are looked for.
 
     That is the folder in FLEDGE_KERNEL_DIR if it is set, else `folder()` and then `/`, of which each is a
-    ROOT as above. Raises BootError when there is none.
+    ROOT as above. Raises InputError when there is none at `given`, BootError when there is none at all.
     """
     if given is not None:
         if not given.is_file():
-            raise BootError("there is no such kernel", where=str(given))
+            raise InputError("there is no such kernel", where=str(given))
         return _at(given)
     chosen = os.environ.get(FOLDER_VARIABLE)
     places = [Path(chosen)] if chosen else [folder(), Path("/")]
