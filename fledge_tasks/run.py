@@ -38,12 +38,15 @@ _TERMINATE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 
+PASSED_PATHS = (
+    "HOME", "TMPDIR", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME",
+    "REGISTRY_AUTH_FILE", "DOCKER_CONFIG", "DOCKER_CERT_PATH",
+    "CONTAINERS_CONF", "CONTAINERS_REGISTRIES_CONF", "CONTAINERS_STORAGE_CONF",
+    "SSL_CERT_FILE", "SSL_CERT_DIR",
+)  # fmt: skip
 PASSED = (
-    "HOME", "PATH", "TMPDIR", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME",
-    "REGISTRY_AUTH_FILE", "DOCKER_CONFIG", "DOCKER_HOST", "DOCKER_CERT_PATH", "DOCKER_TLS_VERIFY",
-    "CONTAINERS_CONF", "CONTAINERS_REGISTRIES_CONF", "CONTAINERS_STORAGE_CONF", "STORAGE_DRIVER",
-    "SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
-    "http_proxy", "https_proxy", "no_proxy", "all_proxy",
+    *PASSED_PATHS, "PATH", "DOCKER_HOST", "DOCKER_TLS_VERIFY", "STORAGE_DRIVER",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "no_proxy", "all_proxy",
 )  # fmt: skip
 
 
@@ -53,6 +56,8 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     The passed ones only say where things are (home, proxies, credentials), never what comes out.
     """
     passed = {name: os.environ[name] for name in PASSED if name in os.environ}
+    # Relative ones start at our folder, and programs run in others.
+    passed |= {name: os.path.abspath(passed[name]) for name in PASSED_PATHS if passed.get(name)}
     path = passed.get("PATH", "/usr/local/bin:/usr/bin:/bin")
     # mke2fs and its kind live where a plain user's PATH does not look on Debian.
     path = ":".join(dict.fromkeys([*path.split(":"), "/usr/sbin", "/sbin"]))

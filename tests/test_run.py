@@ -111,6 +111,16 @@ def test_nothing_of_ours_leaks_into_the_environment(monkeypatch: pytest.MonkeyPa
     assert found["https_proxy"] == "http://127.0.0.1:1"
 
 
+def test_relative_paths_in_the_environment_start_where_we_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "auth.json").write_text("logins")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", "auth.json")
+    monkeypatch.setenv("DOCKER_CONFIG", "")
+    script = 'cat "$REGISTRY_AUTH_FILE"; echo "<$DOCKER_CONFIG>"'
+    assert run(["sh", "-c", script], cwd=tmp_path / "elsewhere") == b"logins<>\n"
+
+
 @pytest.mark.parametrize("path", ["/usr/bin:/bin", None])
 def test_path_holds_the_folders_of_mke2fs(path: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if path is None:
