@@ -17,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 import tomli
 
-from fledge_tasks.errors import ConfigError, Problem
+from fledge_tasks.errors import ConfigError, InputError, Problem
 from fledge_tasks.filesystem_settings import (
     MAX_SIZE_MB,
     Filesystem,
@@ -26,6 +26,7 @@ from fledge_tasks.filesystem_settings import (
     size_conflict,
 )
 from fledge_tasks.manifest import CHECKSUM, MANIFEST, NAME, check, normal_checksum
+from fledge_tasks.oci import reference
 from fledge_tasks.shapes import (
     MAX_INTEGER,
     URL,
@@ -146,9 +147,11 @@ _AGENT = Variants(
     },
 )
 
+_IMAGE = matching(r"[^\s\x00-\x1f\x7f]+( +[^\s\x00-\x1f\x7f]+)*", 'an image reference such as "nginx:alpine"')
+
 SOURCE = Table(
     {
-        "image": matching(r"[^\s\x00-\x1f\x7f]+( +[^\s\x00-\x1f\x7f]+)*", 'an image reference such as "nginx:alpine"'),
+        "image": _IMAGE,
         "platform": matching(r"linux/[a-z0-9_]+(/[a-z0-9_.]+)?", 'a platform such as "linux/amd64" or "linux/arm/v7"'),
     },
     required=("image",),
@@ -179,8 +182,8 @@ FLEDGE = Table(
 )
 """The keys of fledge.toml.
 
-What `load` refuses beyond that: two mappings onto one path, a size that is no larger than the buffer, a second
-manifest, and a folder's name that cannot be the image's.
+What `load` refuses beyond that: an `image` that is no reference, two mappings onto one path, a size that is no larger
+than the buffer, a second manifest, and a folder's name that cannot be the image's.
 """
 
 
@@ -254,6 +257,7 @@ def _parse(path: Path, shown: str) -> dict[str, Any]:
 
 def _findings(document: dict[str, Any]) -> Iterator[Finding]:
     yield from FLEDGE.findings("", document)
+    yield from _bad_references(document)
     yield from _collisions(document)
     yield from _format_conflicts(document)
     filesystem = document.get("filesystem")
@@ -275,6 +279,17 @@ def _mappings(document: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         for source, destination in table.items() if isinstance(table, dict) else ():
             if _DESTINATION.accepts(destination):
                 yield join(path, source), source, destination
+
+
+def _bad_references(document: dict[str, Any]) -> Iterator[Finding]:
+    """Yield what is wrong with a reference that no pattern can tell."""
+    source = document.get("source")
+    image = source.get("image") if isinstance(source, dict) else None
+    if _IMAGE.accepts(image):
+        try:
+            reference.parse(str(image))
+        except InputError as error:
+            yield "source.image", error.message, error.hint
 
 
 def _collisions(document: dict[str, Any]) -> Iterator[Finding]:

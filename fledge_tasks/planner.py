@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -41,7 +41,6 @@ class Planner:
         self.lock = LockFile(workspace.lock)
         self.digest_of = FileDigests(store.index)
         self.limits = _limits(workspace)
-        self._references: dict[str, Reference] = {}
         self._lock_names: dict[str, str] = {}
         self._makers: dict[tuple[str, str | None], str] = {}
         self._tools: dict[Tool, str] = {}
@@ -64,14 +63,8 @@ class Planner:
         return self._tools[tool]
 
     def reference(self, image: ImageConfig) -> Reference:
-        """Return the parsed reference. Raises InputError that names file and key."""
-        if (known := self._references.get(image.name)) is not None:
-            return known
-        try:
-            parsed = self._references[image.name] = reference.parse(image.source.image)
-            return parsed
-        except InputError as error:
-            raise InputError(error.message, where=f"{image.file}: source.image", hint=error.hint) from None
+        """Return the parsed reference, which was checked with all of fledge.toml."""
+        return reference.parse(image.source.image)
 
     def lock_name(self, image: ImageConfig) -> str:
         """Return the name of the image's entry in the lock file."""
@@ -166,7 +159,7 @@ class Planner:
     def check(self, images: Iterable[ImageConfig]) -> None:
         """Find what makes a build of these images impossible before anything is started.
 
-        Raises InputError with all mistakes in references and mappings, or for SOURCE_DATE_EPOCH,
+        Raises InputError with all mistakes in mappings and local agents, or for SOURCE_DATE_EPOCH,
         LockError with all entries that `locked` misses, FilesystemError for a type that cannot be
         made here, ToolError for what `[output]` wants.
         """
@@ -175,11 +168,11 @@ class Planner:
         missing: list[str] = []
         with self.digest_of.together():
             for image in images:
+                found = list(self._mistakes(image))
+                problems += found
+                if found:
+                    continue
                 try:
-                    self.reference(image)
-                    self._mapped(image)
-                    self._local_agent(image)
-                    self._check_output(image)
                     self._check_type(image)
                     if self.locked and (reason := self.unresolved(image)):
                         missing.append(f"{image.name}: {reason}")
@@ -194,6 +187,14 @@ class Planner:
             raise LockError(
                 "\n".join(missing), where=str(self.workspace.lock), hint="run `fledge lock` without --locked"
             )
+
+    def _mistakes(self, image: ImageConfig) -> Iterator[FledgeError]:
+        """Yield what is wrong with the files that an image names, and with its output, each by itself."""
+        for look in (self._mapped, self._local_agent, self._check_output):
+            try:
+                look(image)
+            except FledgeError as error:
+                yield error
 
     def _check_output(self, image: ImageConfig) -> None:
         """Raise ToolError when what makes the form of the image's files is not here: its version is in their keys."""

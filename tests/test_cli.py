@@ -230,9 +230,11 @@ def test_missing_mapping_sources_of_two_images(place: Place) -> None:
     assert not (root / "fledge.lock").exists()
 
 
-def test_a_bad_reference(place: Place) -> None:
+def test_a_bad_reference_and_another_mistake(place: Place) -> None:
     edit(place, "oci:../layouts/web", "Nginx:alpine")
-    refused(place, 2, f"error: {toml(place)}: source.image: 'Nginx:alpine'", "hint: write [registry/]name[:tag]")
+    edit(place, "size_buffer_mb", "size_bufer_mb")
+    bad = "web/fledge.toml: source.image: 'Nginx:alpine'"
+    refused(place, 2, bad, "hint: write [registry/]name[:tag]", "web/fledge.toml: filesystem.size_bufer_mb")
 
 
 def test_a_broken_lock_file(place: Place) -> None:

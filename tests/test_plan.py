@@ -136,15 +136,14 @@ def test_a_plan_is_made_once_for_one_state_of_the_lock(place: Place) -> None:
 def test_what_does_not_change_is_asked_once_in_a_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.add_layout("api", BASE)
     place.build()
-    parsed: list[str] = []
     asked: list[Tool] = []
-    parse, version = reference.parse, Tool.version
-    monkeypatch.setattr(reference, "parse", lambda text: parsed.append(text) or parse(text))  # type: ignore[func-returns-value]
+    version = Tool.version
+    reference.parse.cache_clear()
     monkeypatch.setattr(Tool, "version", lambda self, index: asked.append(self) or version(self, index))  # type: ignore[func-returns-value]
     result = place.build()
     names = [image["name"] for image in result.summary["images"]]
     assert len(names) > 1 and all(result.stages(name) == [] for name in names)
-    assert sorted(parsed) == sorted(f"oci:../layouts/{name}" for name in names)
+    assert reference.parse.cache_info().misses == len(names)
     assert asked == [MKE2FS]
 
 
@@ -228,10 +227,13 @@ def test_nothing_is_wrong(place: Place) -> None:
 
 def test_one_problem_is_raised_as_it_is(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     need("mkfs.xfs")
-    edit(place, "oci:../layouts/web", "Web")
+    edit(place, "[filesystem]", '[agent]\nsource_strategy = "local"\npath = "gone"\n[filesystem]')
     error = check(place)
-    assert (type(error), error.where) == (InputError, f"{place.root}/web/fledge.toml: source.image")
-    edit(place, '"Web"', '"web"')
+    assert (type(error), error.where) == (
+        InputError,
+        f"{place.root}/web/fledge.toml: agent.path: {place.root}/web/gone",
+    )
+    edit(place, '[agent]\nsource_strategy = "local"\npath = "gone"\n', "")
     (place.root / "web" / "conf").unlink()
     assert type(check(place)) is MappingError
     (place.root / "web" / "conf").write_text("")
@@ -243,13 +245,17 @@ def test_one_problem_is_raised_as_it_is(place: Place, monkeypatch: pytest.Monkey
 
 def test_several_problems_come_together(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     take_rights(monkeypatch)
-    edit(place, "oci:../layouts/web", "Web")
+    edit(place, "[filesystem]", '[agent]\nsource_strategy = "local"\npath = "gone"\n[filesystem]')
+    (place.root / "web" / "conf").unlink()
     place.add("api", "oci:../layouts/web", mappings={"gone": "/gone"})
     xfs = place.add("db", "oci:../layouts/web") / "fledge.toml"
     xfs.write_text(xfs.read_text().replace("ext4", "xfs"))
     error = check(place)
     assert error.exit_code == 2
-    for text in ("web/fledge.toml: source.image", "api/gone does not exist", "db/fledge.toml: filesystem.type: xfs"):
+    for text in (
+        'web/fledge.toml: mappings."conf"', "web/fledge.toml: agent.path", "api/gone does not exist",
+        "db/fledge.toml: filesystem.type: xfs",
+    ):  # fmt: skip
         assert text in str(error)
 
 

@@ -7,6 +7,7 @@ and no network is looked at.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class Reference:
         return f"{prefix}{self.name}{tag}{digest}"
 
 
+@functools.lru_cache(maxsize=4096)  # more than a workspace has images: config asks, and all that builds
 def parse(image: str) -> Reference:
     """Parse a reference. Raises InputError that says what was found and what was expected.
 
