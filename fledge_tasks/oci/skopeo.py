@@ -58,6 +58,12 @@ _FAILURES: tuple[tuple[str, type[SourceError], str, str | None], ...] = (
         "REGISTRY_AUTH_FILE may name another file with logins",
     ),
     (
+        r"(?:reading|fetching) blob.*(?:\b404\b|blob unknown)",
+        SourceError,
+        "the registry does not have a blob that the image's manifest names",
+        "push the image again",
+    ),
+    (
         r"manifest unknown|name unknown|repository name not known|404 \(?Not Found|StatusCode: 404|"
         r"does not resolve to an image ID|identifier is not an image|Tag .* not found|Invalid source index|"
         r"No such image|reference does not exist",
