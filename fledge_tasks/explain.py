@@ -73,7 +73,8 @@ def explain(planner: Planner, image: ImageConfig) -> Iterator[Explanation]:
         yield Explanation("resolve", f"resolve:{image.name}", "miss", str(planner.unresolved(image)))
         return
     store, made = planner.store, usage.made_image(planner, image)
-    record, described, assembled = fresh.description(plan), fresh.is_described(plan), fresh.is_assembled(plan)
+    assembled, image_file = fresh.is_assembled(plan), fresh.expected(plan)
+    record, described = fresh.description(plan, image_file), fresh.is_described(plan, image_file)
     assembles = isinstance(assembled, str)
     makes = assembles and not fresh.is_made(store, plan)
 
@@ -93,12 +94,14 @@ def explain(planner: Planner, image: ImageConfig) -> Iterator[Explanation]:
     if isinstance(assembled, str):
         changes = _changes(_noted(made, "assemble"), _values(plan.assemble.text()))
         yield Explanation("assemble", f"assemble:{image.name}", "miss", assembled, tuple(changes))
+    else:
+        yield Explanation("assemble", f"assemble:{image.name}", "hit")
+    if image_file is None:
         for stage in [*(["verity"] if image.output.verity else []), "manifest"]:
             yield Explanation(stage, f"{stage}:{image.name}", "miss", "the image file is made anew")
         return
-    yield Explanation("assemble", f"assemble:{image.name}", "hit")
     if image.output.verity:
-        hashed, verity = fresh.is_hashed(plan), plan.verity(assembled.raw_checksum)
+        hashed, verity = fresh.is_hashed(plan, image_file), plan.verity(image_file.raw_checksum)
         if isinstance(hashed, str):
             changes = _changes(_noted(made, "verity"), _values(verity.text()))
             yield Explanation("verity", f"verity:{image.name}", "miss", hashed, tuple(changes))

@@ -43,29 +43,43 @@ def is_assembled(plan: ImagePlan) -> output.Written | str:
     return output.look(plan.output, plan.assemble.key())
 
 
-def is_hashed(plan: ImagePlan) -> output.Written | str:
-    """Return the record of the image file's hash tree if it is up to date, else the reason why it is not."""
-    image = is_assembled(plan)
+def expected(plan: ImagePlan) -> output.Written | None:
+    """Return the record of the image file that is there, or that comes again because someone touched it."""
+    return output.made_from(plan.output, plan.assemble.key())
+
+
+def is_hashed(plan: ImagePlan, image: output.Written | str | None = None) -> output.Written | str:
+    """Return the record of the image file's hash tree if it is up to date, else the reason why it is not.
+
+    `image` is what is known of the image file, if it is not there.
+    """
+    image = image or is_assembled(plan)
     if isinstance(image, str):
         return image
     return output.look(plan.tree_output, plan.verity(image.raw_checksum).key())
 
 
-def description(plan: ImagePlan) -> Manifest | str:
-    """Return the record of the manifest that describes the finished files, else the reason why there is none yet."""
-    image = is_assembled(plan)
+def description(plan: ImagePlan, image: output.Written | str | None = None) -> Manifest | str:
+    """Return the record of the manifest that describes the finished files, else the reason why there is none yet.
+
+    `image` as for `is_hashed`.
+    """
+    image = image or is_assembled(plan)
     if isinstance(image, str):
         return image
     labels = {} if image.raw_sha256 is None else {RAW_CHECKSUM: image.raw_sha256}
     if plan.image.output.verity:
-        tree = is_hashed(plan)
+        tree = is_hashed(plan, image)
         if isinstance(tree, str):
             return tree
         labels |= {ROOT_HASH: str(tree.root_hash), HASH_TREE: str(plan.tree_output)}
     return plan.manifest(image.sha256, labels)
 
 
-def is_described(plan: ImagePlan) -> output.Written | str:
-    """Return the record of the manifest if it describes the image file, else the reason why not."""
-    record = description(plan)
+def is_described(plan: ImagePlan, image: output.Written | str | None = None) -> output.Written | str:
+    """Return the record of the manifest if it describes the image file, else the reason why not.
+
+    `image` as for `is_hashed`.
+    """
+    record = description(plan, image)
     return record if isinstance(record, str) else output.look(plan.manifest_output, record.key())

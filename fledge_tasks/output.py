@@ -86,6 +86,12 @@ def look(path: Path, key: str) -> Written | str:
     return record
 
 
+def made_from(path: Path, key: str) -> Written | None:
+    """Return the record of the file that was made from `key`, whatever has become of it since."""
+    record = _read(path.parent).get(path.name)
+    return record if record and record.key == key else None
+
+
 def key_of(path: Path) -> str | None:
     """Return the key that the file was made from, None if that is not known."""
     record = _read(path.parent).get(path.name)

@@ -282,8 +282,11 @@ def test_why(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "tools[0]: " in miss and "cryptsetup-bin 99.1\" (the host's tools)" in miss
     assert place.build().stages("web") == ["verity"]
     place.output("web").unlink()
+    assert [line.split()[0] for line in place.fledge("plan").stdout.splitlines()[1:]] == ["assemble:web"]
+    assert place.build().stages("web") == ["assemble"], "the plan is what runs"
+    rewrite(place, "size_buffer_mb = 1", "size_buffer_mb = 2")
     assert [line.split()[0] for line in place.fledge("plan").stdout.splitlines()[1:]] == [
-        "assemble:web", "verity:web", "manifest:web",
+        "mkfs:web", "assemble:web", "verity:web", "manifest:web",
     ]  # fmt: skip
     rewrite(place, "verity = true", "verity = false")
     place.build()
