@@ -51,12 +51,17 @@ class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 def writing(store: Store, path: Path) -> Iterator[None]:
     """Be the only one who writes `path` and its neighbours, across processes. Raises StoreError.
 
-    A cache that is read-only has no place for a lock, but all that is wanted may be in it: then the
-    folder of `path` itself is locked.
+    A block that raises does not leave their folder if it is empty. A cache that is read-only has no
+    place for a lock, but all that is wanted may be in it: then the folder of `path` itself is locked.
     """
     if not store.is_read_only:
         with store.building(sha256_bytes(f"output {path.parent}".encode())):
-            yield
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()
+                raise
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

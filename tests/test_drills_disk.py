@@ -81,6 +81,7 @@ def test_a_disk_that_is_full_at_every_point(drill: Drill, tmp_path: Path, form: 
             assert "Traceback" not in result.stderr, f"{name}: {result}"
             assert one.settled()["tmp"] == [], name
             assert list(one.root.rglob(".fledge-tmp-*")) == [], name
+            assert [] not in map(os.listdir, (one.root / "build").glob("*")), f"{name}: an empty folder is left"
             (disk / "filler").unlink()
             assert one.build().image("web")["sha256"] == expected == sha256_of(one.output("web").with_name(form)), name
             assert one.settled() == clean, name
