@@ -266,9 +266,9 @@ BOMBS: dict[str, tuple[bytes, str, str, str]] = {
     "bytes in zstd frames": (compress(bytes(MIB), "zstd") * 8, "layer_mb = 1", f"more than {MIB} bytes", "layer_mb"),
     "bytes after the end": (gzip.compress(END + bytes(8 * MIB)), "layer_mb = 1", f"more than {MIB} bytes", "layer_mb"),
     "plain bytes": (zeros(2), "layer_mb = 1", f"more than {MIB} bytes", "layer_mb"),
-    "ratio of gzip": (gzip.compress(zeros(8)), "ratio = 20", "bytes, in a blob of", "ratio"),
-    "ratio of zstd": (compress(zeros(8), "zstd"), "ratio = 20", "bytes, in a blob of", "ratio"),
-    "ratio of gzip members": (members(zeros(8)), "ratio = 20", "bytes, in a blob of", "ratio"),
+    "ratio of gzip": (gzip.compress(zeros(8)), "ratio = 20", "bytes, over 20 times as many as its blob", "ratio"),
+    "ratio of zstd": (compress(zeros(8), "zstd"), "ratio = 20", "bytes, over 20 times as many as its blob", "ratio"),
+    "ratio of gzip members": (members(zeros(8)), "ratio = 20", "bytes, over 20 times as many as its blob", "ratio"),
     "entries in gzip": (gzip.compress(header() * 1001), "entries = 1000", "more than 1000 entries", "entries"),
     "entries in zstd": (compress(header() * 1001, "zstd"), "entries = 1000", "more than 1000 entries", "entries"),
     "parts of a sparse file": (

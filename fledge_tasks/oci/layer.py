@@ -72,7 +72,9 @@ def unpack(
         for chunk in stream:
             tar_bytes += len(chunk)
             if tar_bytes > allowed_bytes:
-                raise _too_much(f"the layer's archive has more than {allowed_bytes} bytes", blob_size, setting)
+                what = f"the layer's archive has more than {allowed_bytes} bytes"
+                times = f", over {limits.ratio} times as many as its blob" if setting == "ratio" else ""
+                raise _too_much(what + times, blob_size, setting)
             tar_hash.update(chunk)
             told, count = source.bytes_read, source.bytes_read - told
             advance(count)
