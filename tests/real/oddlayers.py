@@ -484,9 +484,21 @@ DIFFERENT: dict[str, tuple[Layers, Layers | str]] = {
     "volume label": ([[file(b"label", b"1", type_=b"V"), file(b"f", b"1")]], [[file(b"f", b"1")]]),
     "old GNU sparse": (sparse(gnu_sparse), sparse(partial(pax_sparse, "1.0"))),
     "old GNU sparse by GNU tar": (gnu_tar("--format=gnu"), gnu_tar("--format=posix")),
+    "devices whose modes have the bits of another type": (
+        [[special(b"c", b"3", rdev=(1, 3), mode=0o100640), special(b"p", b"6", mode=0o120640)]],
+        [[special(b"c", b"3", rdev=(1, 3), mode=0o640), special(b"p", b"6", mode=0o640)]],
+    ),
     "device that Linux does not have": ([[special(b"c", b"3", rdev=(4096, 0))]], "Linux has no device 4096:0"),
     "owner of -1": ([[file(b"f", uid=base256(-1, 8))]], "its owner -1:0 is not within"),
     "owner that stands for none": ([[file(b"f", b"", (b"gid", b"4294967295"))]], "its owner 0:4294967295 is not"),
+    "owner of -2": ([[file(b"f", uid=base256(-2, 8))]], "its owner -2:0 is not within"),
+    "owner of 33 bits": ([[file(b"f", b"", (b"uid", b"4294967296"))]], "its owner 4294967296:0 is not"),
+    "number with a plus": ([[file(b"f", b"", (b"uid", b"+5"))]], "b'+5' is not a number"),
+    "number of too many zeros": ([[file(b"f", b"", (b"uid", b"0" * 20))]], "is not a number"),
+    "time with a plus": ([[file(b"f", b"", (b"mtime", b"+5"))]], "b'+5' is not a time"),
+    "time after 2262": ([[file(b"f", b"", (b"mtime", b"9300000000"))]], "does not fit nanoseconds in 64 bits"),
+    "lost+found that is a file": ([[file(b"lost+found")]], "ext4 needs it as a folder"),
+    "lost+found that is a symlink": ([[symlink(b"lost+found", b"/var")]], "ext4 needs it as a folder"),
 }  # fmt: skip
 
 KEPT: dict[str, tuple[Layers, dict[bytes, dict[bytes, bytes]]]] = {
