@@ -58,10 +58,10 @@ _FAILURES: tuple[tuple[str, type[SourceError], str, str | None], ...] = (
         "REGISTRY_AUTH_FILE may name another file with logins",
     ),
     (
-        r"(?:reading|fetching) blob.*(?:\b404\b|blob unknown)",
-        SourceError,
-        "the registry does not have a blob that the image's manifest names",
-        "push the image again",
+        r"(?i)fetching blob: .*(?:404|blob unknown|not found)",
+        BlobError,
+        "the registry has not got a blob that its manifest names",
+        "push the image again, or look at mirrors and proxies",
     ),
     (
         r"manifest unknown|name unknown|repository name not known|404 \(?Not Found|StatusCode: 404|"
@@ -88,6 +88,7 @@ _FAILURES: tuple[tuple[str, type[SourceError], str, str | None], ...] = (
 _SHA256 = r"(sha256:[0-9a-f]{64})"
 _GOT = re.compile(rf"expected {_SHA256}, got {_SHA256}")
 _NOT_EXPECTED = re.compile(rf"digest {_SHA256} does not match expected {_SHA256}")
+_NOT_THERE = re.compile(rf"(?i)reading blob {_SHA256}: .*fetching blob: .*(?:404|blob unknown|not found)")
 
 
 def skopeo(arguments: Sequence[str], *, where: str, work: Path | None = None) -> bytes:
@@ -108,13 +109,15 @@ def skopeo(arguments: Sequence[str], *, where: str, work: Path | None = None) ->
 def _explained(error: CommandError, where: str) -> SourceError:
     for pattern, kind, meaning, hint in _FAILURES:
         if re.search(pattern, error.stderr):
-            return kind(f"{_mismatch(error.stderr) or meaning}\n  {error.message}", where=where, hint=hint)
+            return kind(f"{_about_blob(error.stderr) or meaning}\n  {error.message}", where=where, hint=hint)
     return SourceError(error.message, where=where)
 
 
-def _mismatch(stderr: str) -> str | None:
+def _about_blob(stderr: str) -> str | None:
     if match := _GOT.search(stderr):
         return f"blob {match[1]}: found {match[2]}"
     if match := _NOT_EXPECTED.search(stderr):
         return f"blob {match[2]}: found {match[1]}"
+    if match := _NOT_THERE.search(stderr):
+        return f"blob {match[1]}: the registry has not got it"
     return None

@@ -178,8 +178,9 @@ def test_a_corrupt_blob(workspace: Workspace, layout: Path, part: str) -> None:
     refused(workspace, 1)
 
 
-def test_a_corrupt_blob_in_the_registry(workspace: Workspace, folder: Path) -> None:
-    """The registry serves other bytes of one layer than the manifest promises, then the true ones again."""
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_a_corrupt_blob_in_the_registry(workspace: Workspace, folder: Path, damage: str) -> None:
+    """The registry serves other bytes of a blob than the manifest promises, or none, then the true ones again."""
     write_tar(folder / "layer.tar", FILES)
     write_tar(folder / "other.tar", [Member("other", content=os.urandom(50_000))])
     layout = folder / "layout"
@@ -191,16 +192,24 @@ def test_a_corrupt_blob_in_the_registry(workspace: Workspace, folder: Path) -> N
         copy = ["skopeo", "copy", "--quiet", "--dest-tls-verify=false", f"oci:{layout}:latest", f"docker://{source}"]
         subprocess.run(copy, check=True)
         _, manifest, _ = descriptor(layout)
-        name = manifest["layers"][0]["digest"].removeprefix("sha256:")
-        stored = folder / "storage/docker/registry/v2/blobs/sha256" / name[:2] / name / "data"
-        data = stored.read_bytes()
-        stored.write_bytes(data[:1000] + bytes([data[1000] ^ 1]) + data[1001:])
         workspace.home = broken.home
         workspace.add("web", f"docker://{source}")
-        result = refused(workspace, 1, "web", f"blob sha256:{name}: found sha256:")
-        assert result.stderr.count("error: ") == 1
-        stored.write_bytes(data)
-        workspace.build()
+        for part in [manifest["config"], *manifest["layers"]]:
+            name = part["digest"].removeprefix("sha256:")
+            stored = folder / "storage/docker/registry/v2/blobs/sha256" / name[:2] / name / "data"
+            data = stored.read_bytes()
+            stored.unlink()
+            if damage == "flipped":
+                stored.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+            words = [] if part is manifest["config"] and damage == "missing" else [f"blob sha256:{name}: "]
+            said = {"flipped": "found sha256:", "missing": "the registry has not got"}[damage]
+            result = refused(workspace, 1, "web", said, *words)
+            assert result.stderr.count("error: ") == 1
+            stored.write_bytes(data)
+            workspace.build()
+            shutil.rmtree(workspace.root / "cache")
+            shutil.rmtree(workspace.root / "build")
+            (workspace.root / "fledge.lock").unlink()
     finally:
         broken.stop()
 
