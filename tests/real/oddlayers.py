@@ -30,6 +30,7 @@ from tests.rawtar import (
     padded,
     pax,
     pax_sparse,
+    record,
     special,
     symlink,
     xattr,
@@ -475,6 +476,8 @@ REFUSED = {
 # What ARCHITECTURE.md lists under 'Where we differ from umoci on purpose'.
 
 
+NAMED = record(b"path", b"named")
+
 DIFFERENT: dict[str, tuple[Layers, Layers | str]] = {
     # name: (layers, those of which umoci makes what we make of these; or what we say when we refuse)
     "bare whiteout where nothing is": ([_FOLDER, [file(b"no/.wh."), file(b"no/.wh..")]], "a whiteout of nothing"),
@@ -497,6 +500,13 @@ DIFFERENT: dict[str, tuple[Layers, Layers | str]] = {
     "number of too many zeros": ([[file(b"f", b"", (b"uid", b"0" * 20))]], "is not a number"),
     "time with a plus": ([[file(b"f", b"", (b"mtime", b"+5"))]], "b'+5' is not a time"),
     "time after 2262": ([[file(b"f", b"", (b"mtime", b"9300000000"))]], "does not fit nanoseconds in 64 bits"),
+    "device numbers of a file that are none": (
+        [[header(b"f", mtime=TIME, devices=b"zz".ljust(16, b"\0"))]], [[header(b"f", mtime=TIME)]]),
+    "owner of an extended header that is none": (
+        [[header(b"pax", b"x", uid=b"nobody\0\0", size=len(NAMED)) + padded(NAMED) + header(b"f", mtime=TIME)]],
+        [[file(b"named")]]),
+    "access and change times that are none": (
+        [[file(b"f", b"", (b"atime", b"never"), (b"ctime", b"1e9"))]], [[file(b"f", b"")]]),
     "lost+found that is a file": ([[file(b"lost+found")]], "ext4 needs it as a folder"),
     "lost+found that is a symlink": ([[symlink(b"lost+found", b"/var")]], "ext4 needs it as a folder"),
 }  # fmt: skip
