@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import subprocess
 import time
@@ -17,6 +18,7 @@ import pytest
 
 from tests import layers as tar
 from tests import rawtar
+from tests.layers import Compression
 from tests.layouts import Layout, Place
 from tests.real.compare import compare_trees
 from tests.real.oddlayers import DEFAULT, DIFFERENT, INHERITED, KEPT, REFUSED, SAME, Layers
@@ -143,6 +145,30 @@ def test_where_we_differ_on_purpose(case: Case, folder: Path, name: str) -> None
     with case.mounted() as root:
         assert list(root.iterdir())
     same = Layout(folder / "same").write_tars(archives(ours), compression="none", tag="latest")
+    (folder / "second").mkdir()
+    assert case.differences(unpack(same, folder / "second")) == []
+
+
+PLAIN = rawtar.file(b"f", b"1" * 5000) + rawtar.END
+BLOBS: dict[str, tuple[bytes, Compression, bool]] = {
+    # name: (blob of a layer, what its media type says, whether we take it)
+    "zeros behind gzip": (gzip.compress(PLAIN) + bytes(512), "gzip", True),
+    "plain, said to be gzip": (PLAIN, "gzip", True),
+    "gzip, said to be plain": (gzip.compress(PLAIN), "none", True),
+    "gzip without its checksum": (gzip.compress(PLAIN)[:-8], "gzip", False),
+}
+
+
+@pytest.mark.parametrize("name", BLOBS)
+def test_where_we_differ_in_compression(case: Case, folder: Path, name: str) -> None:
+    blob, said, is_taken = BLOBS[name]
+    case.layout.write_tars([PLAIN], compression=said, blobs={0: blob}, tag="latest")
+    theirs = unpack(case.layout, folder)
+    assert (theirs.error is None) is not is_taken
+    if not is_taken:
+        assert "truncated gzip stream" in case.refused()
+        return
+    same = Layout(folder / "same").write_tars([PLAIN], compression="none", tag="latest")
     (folder / "second").mkdir()
     assert case.differences(unpack(same, folder / "second")) == []
 
