@@ -19,7 +19,7 @@ import pytest
 from tests import layers as tar
 from tests import rawtar
 from tests.layers import Compression
-from tests.layouts import Layout, Place
+from tests.layouts import CREATED_SECONDS, Layout, Place
 from tests.real.compare import compare_trees
 from tests.real.oddlayers import DEFAULT, DIFFERENT, INHERITED, KEPT, REFUSED, SAME, Layers
 from tests.real.reference import fsck, mounted
@@ -187,8 +187,11 @@ def test_attributes_that_only_we_keep(case: Case, folder: Path, name: str) -> No
                 assert os.getxattr(bytes(root) + b"/" + path, attribute, follow_symlinks=False) == value
 
 
-def test_folders_without_an_entry_inherit_nothing(case: Case, folder: Path) -> None:
-    """mkdir(2), which umoci calls for them, hands down set-group-ID, the group and a default list (acl(5))."""
+def test_folders_without_an_entry(case: Case, folder: Path) -> None:
+    """They inherit nothing, and have the image's time.
+
+    mkdir(2), which umoci calls for them, hands down set-group-ID, the group and a default list (acl(5)).
+    """
     above = rawtar.folder(b"d", rawtar.xattr(DEFAULT, INHERITED), mode=0o2750, gid=7)
     write(case, archives([[above, rawtar.file(b"d/e/f")]]))
     reference = unpack(case.layout, folder)
@@ -196,9 +199,11 @@ def test_folders_without_an_entry_inherit_nothing(case: Case, folder: Path) -> N
     theirs = (reference.root / "d/e").stat()
     assert (theirs.st_mode & 0o2000, theirs.st_gid) == (0o2000, 7)
     assert os.fsdecode(DEFAULT) in os.listxattr(reference.root / "d/e")
+    assert b"d/e" in reference.unstamped
     with case.mounted() as root:
         ours = (root / "d/e").stat()
         assert (ours.st_mode & 0o7777, ours.st_uid, ours.st_gid) == (0o755, 0, 0)
+        assert ours.st_mtime == CREATED_SECONDS
         assert os.listxattr(root / "d/e") == []
 
 
