@@ -505,6 +505,8 @@ DIFFERENT: dict[str, tuple[Layers, Layers | str]] = {
     "owner of an extended header that is none": (
         [[header(b"pax", b"x", uid=b"nobody\0\0", size=len(NAMED)) + padded(NAMED) + header(b"f", mtime=TIME)]],
         [[file(b"named")]]),
+    "end after an extended header": ([[file(b"f"), pax((b"path", b"x"))]], "ends after an extended header"),
+    "end after a long name": ([[file(b"f"), long_name(b"x")]], "ends after an extended header"),
     "access and change times that are none": (
         [[file(b"f", b"", (b"atime", b"never"), (b"ctime", b"1e9"))]], [[file(b"f", b"")]]),
     "lost+found that is a file": ([[file(b"lost+found")]], "ext4 needs it as a folder"),
