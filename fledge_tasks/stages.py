@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from fledge_tasks.keys import Stage
 from fledge_tasks.oci import source
 from fledge_tasks.oci.layer import unpack as unpack_layer
 from fledge_tasks.oci.layer_index import IndexWriter, read_index
-from fledge_tasks.oci.manifest import diff_ids
+from fledge_tasks.oci.manifest import LayerRef, diff_ids
 from fledge_tasks.oci.payload import PayloadWriter
 from fledge_tasks.plan import ImagePlan, Layer
 from fledge_tasks.planner import Planner
@@ -50,29 +50,36 @@ HIT: Values = {"status": "hit", "bytes": 0}
 def fetch(planner: Planner, plan: ImagePlan, layer: Layer) -> Values:
     """Get the blob of a layer, and in the same go those of the image's other layers that are missing.
 
-    "fetched" in the values maps diff IDs to bytes: one connection serves all layers of an image.
+    Each of those is published when it is there, however long the others need. "fetched" in the values
+    maps diff IDs to bytes: one connection serves all layers of an image.
     """
     store = planner.store
+    wanted, fetched = {layer.ref.blob: layer}, dict[str, int]()
     with contextlib.ExitStack() as stack:
         stack.enter_context(store.building(layer.blob.key()))
         if is_fetched(store, layer):
             return HIT
         # Never wait for a second lock while holding one: whoever has it brings that layer.
-        others = {each.ref.blob: each for each in plan.layers if each.ref.blob != layer.ref.blob}
-        wanted = [layer]
-        wanted += [
-            other
-            for other in others.values()
-            if not is_fetched(store, other)
-            and stack.enter_context(store.building_if_free(other.blob.key()))
-            and not is_fetched(store, other)
-        ]
-        progress = meter(sum(each.ref.size for each in wanted))
+        locks = {other.ref.blob: stack.enter_context(contextlib.ExitStack()) for other in plan.layers}
+        for other in plan.layers:
+            if (
+                other.ref.blob not in wanted
+                and not is_fetched(store, other)
+                and locks[other.ref.blob].enter_context(store.building_if_free(other.blob.key()))
+                and not is_fetched(store, other)
+            ):
+                wanted[other.ref.blob] = other
+        progress = meter(sum(each.ref.size for each in wanted.values()))
         with store.staging(layer.blob.key()) as scratch:
             into = scratch / "into"
             into.mkdir()
 
-            def get(layers: Sequence[Layer]) -> None:
+            def keep(ref: LayerRef) -> None:
+                each = wanted[ref.blob]
+                fetched[each.ref.diff_id] = _publish_blob(store, each, into)
+                locks[ref.blob].close()  # so that it is unpacked, and dropped, while others are on their way
+
+            def get(layers: Iterable[Layer]) -> None:
                 source.fetch(
                     plan.reference,
                     plan.locked.image,
@@ -81,17 +88,16 @@ def fetch(planner: Planner, plan: ImagePlan, layer: Layer) -> Values:
                     into=into,
                     scratch=scratch,
                     advance=progress.add,
+                    arrived=keep,
                     offline=planner.offline,
                 )
 
             try:
-                get(wanted)
+                get(wanted.values())
             except BlobError:
                 # If it is another layer's blob, that layer's own task is to fail, and no other.
-                if not _blob_file(layer, into).exists():
+                if layer.ref.diff_id not in fetched:
                     get([layer])
-            whole = [each for each in wanted if _blob_file(each, into).exists()]
-            fetched = {each.ref.diff_id: _publish_blob(store, each, into) for each in whole}
     return {"bytes": fetched[layer.ref.diff_id], "fetched": fetched}
 
 

@@ -272,7 +272,7 @@ class Graph:
             clean=list(clean),
             subtask_of=stage,
             doc=f"{stage} {name}",
-            meta={"turn": turn},
+            meta={"turn": turn, "is_done": check},
             io={"capture": False},
         )
 

@@ -118,7 +118,8 @@ class WorkerRunner(SafeRunner):
     """Runs up to `num_process` tasks at once, each in a forked process of its own.
 
     Tasks with the same `meta["turn"]` run one after the other, and each is looked at when its turn
-    has come: one may have done the work of the next, which would only wait for it in a worker.
+    has come: one may have done the work of the next, which would only wait for it in a worker. Whose
+    work is done by the one that runs, as `meta["is_done"]` tells, does not wait for its end.
     """
 
     def __init__(  # doit passes everything by position
@@ -189,9 +190,11 @@ class WorkerRunner(SafeRunner):
             interrupt.check()
 
     def _is_taken(self, node: ExecNode) -> bool:
-        """Tell whether a task of the same turn runs."""
+        """Tell whether a task of the same turn runs, and has not done the work of this one yet."""
         turn = _turn(node.task)
-        return turn is not None and any(_turn(other.task) == turn for other, _ in self._running.values())
+        if turn is None or all(_turn(other.task) != turn for other, _ in self._running.values()):
+            return False
+        return not node.task.meta["is_done"]()
 
     def _take_held(self) -> ExecNode | None:
         """Return the first task that was held back and whose turn has come."""

@@ -247,7 +247,7 @@ def test_what_takes_turns_is_looked_at_when_its_turn_has_come(jobs: int, tmp_pat
         return (tmp_path / "fetched").exists()
 
     def turn(name: str, action: Callable[[], None], uptodate: Callable[..., bool]) -> Task:
-        return Task(name, [action], uptodate=[uptodate], meta={"turn": "fetch"})
+        return Task(name, [action], uptodate=[uptodate], meta={"turn": "fetch", "is_done": uptodate})
 
     tasks = [
         turn("first", fetch, is_fetched),
@@ -263,11 +263,31 @@ def test_what_takes_turns_is_looked_at_when_its_turn_has_come(jobs: int, tmp_pat
     assert (tmp_path / "fetched").read_text().split() == ["x", "y"]
 
 
+@pytest.mark.parametrize("jobs", [2, 4])
+def test_what_another_has_done_does_not_wait_for_its_end(jobs: int, tmp_path: Path) -> None:
+    """`first` brings what `second` is to bring, and goes on until `user`, which needs that, has run."""
+
+    def fetch() -> None:
+        append(tmp_path / "second", "x")
+        wait_for((tmp_path / "used").exists)
+
+    def is_there(*_: object) -> bool:
+        return (tmp_path / "second").exists()
+
+    tasks = [
+        Task("first", [fetch], uptodate=[False], meta={"turn": "fetch", "is_done": lambda: False}),
+        Task("second", [fetch], uptodate=[is_there], meta={"turn": "fetch", "is_done": is_there}),
+        Task("user", [lambda: append(tmp_path / "used", "x")], uptodate=[False], task_dep=["second"]),
+    ]
+    assert status(run_tasks(jobs, *tasks)) == {"first": "built", "second": "hit", "user": "built"}
+
+
 def test_a_failure_lets_the_next_have_its_turn() -> None:
     def bad() -> None:
         raise FledgeError("mine")
 
-    tasks = [Task(name, [StageAction(bad)], uptodate=[False], meta={"turn": "t"}) for name in "abc"]
+    meta = {"turn": "t", "is_done": lambda: False}
+    tasks = [Task(name, [StageAction(bad)], uptodate=[False], meta=meta) for name in "abc"]
     assert status(run_tasks(2, *tasks)) == dict.fromkeys("abc", "failed")
     assert status(run_tasks(2, *tasks, keep_going=False)) == {"a": "failed"}
 

@@ -14,6 +14,7 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from fledge_tasks.errors import (
     ImageNotFoundError,
     OfflineError,
     SourceError,
+    StoreError,
     ToolError,
 )
 from fledge_tasks.oci.layout import adopt
@@ -728,3 +730,69 @@ def test_foreign_layers_are_exported(workspace: Workspace, monkeypatch: pytest.M
     monkeypatch.setattr("fledge_tasks.oci.skopeo.run", exports)
     assert sum(workspace.fetch("host.invalid/x:1", image, [layer])) == layer.size
     assert [argv[-2:] for argv in seen] == [[f"docker://host.invalid/x@{image.manifest}", "dir:export"]]
+
+
+def test_blobs_are_told_while_others_are_on_their_way(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once, whole and checked; what is moved away is not missed, and placeholders are not told."""
+    layers = [LayerRef(digest, digest, len(tar), "tar") for digest, tar in zip(DIFF_IDS, TARS, strict=True)]
+    kept = LayerRef(DIFF_IDS[0], f"sha256:{9:064}", 7, "tar")
+    image = Image("docker", DIFF_IDS[1], DIFF_IDS[0], AMD64, (kept, *layers))
+    told: list[str] = []
+
+    def copies(_argv: Sequence[str], *, cwd: Path, **_: object) -> bytes:
+        blobs = cwd / "layout" / "blobs" / "sha256"
+        assert [path.name for path in blobs.iterdir()] == [f"{9:064}"]
+        for layer, tar in zip(layers, TARS, strict=True):
+            (cwd / "layout" / "part").write_bytes(tar)
+            (cwd / "layout" / "part").rename(blobs / layer.blob.removeprefix("sha256:"))
+            if layer != layers[-1]:
+                wait_until(partial(told.__contains__, layer.blob))
+        return b""
+
+    def arrived(layer: LayerRef) -> None:
+        path = workspace.into / layer.blob.removeprefix("sha256:")
+        assert sha256_file(path) == layer.blob
+        path.unlink()
+        told.append(layer.blob)
+
+    monkeypatch.setattr("fledge_tasks.oci.skopeo.run", copies)
+    steps: list[int] = []
+    fetch(
+        parse("host.invalid/x:1"), image, layers, folder=workspace.folder, into=workspace.into,
+        scratch=workspace.scratch, advance=steps.append, arrived=arrived,
+    )  # fmt: skip
+    assert told == [layer.blob for layer in layers]
+    assert sum(steps) == sum(layer.size for layer in layers)
+    assert list(workspace.into.iterdir()) == list(workspace.scratch.iterdir()) == []
+
+
+def test_what_cannot_be_taken_is_an_error_of_the_fetch(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = LayerRef(DIFF_IDS[0], DIFF_IDS[0], len(TARS[0]), "tar")
+    tries: list[LayerRef] = []
+
+    def copies(_argv: Sequence[str], *, cwd: Path, **_: object) -> bytes:
+        (cwd / "layout" / "blobs" / "sha256" / layer.blob.removeprefix("sha256:")).write_bytes(TARS[0])
+        wait_until(lambda: len(tries) == 1)
+        return b""
+
+    def arrived(layer: LayerRef) -> None:
+        tries.append(layer)
+        raise StoreError("no space left")
+
+    monkeypatch.setattr("fledge_tasks.oci.skopeo.run", copies)
+    with pytest.raises(StoreError, match="no space left"):
+        fetch(
+            parse("host.invalid/x:1"), Image("docker", DIFF_IDS[1], DIFF_IDS[0], AMD64, (layer,)), [layer],
+            folder=workspace.folder, into=workspace.into, scratch=workspace.scratch, advance=lambda _: None,
+            arrived=arrived,
+        )  # fmt: skip
+    assert tries == [layer]
+    assert list(workspace.scratch.iterdir()) == []
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)

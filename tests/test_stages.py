@@ -12,11 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fledge_tasks import download
-from fledge_tasks.errors import FledgeError
+from fledge_tasks.errors import FledgeError, SourceError
+from fledge_tasks.oci.manifest import LayerRef
 from fledge_tasks.store import Store
 from tests.layers import Member, digest, folder, symlink
 from tests.layouts import CREATED_SECONDS, Place
@@ -459,3 +461,34 @@ def test_errors_are_ours(place: Place) -> None:
         stages.unpack(planner, plan, plan.layers[0])
     assert stages.fetch(planner, plan, plan.layers[0])["fetched"].keys() == {layer.ref.diff_id for layer in plan.layers}
     assert stages.fetch(planner, plan, plan.layers[0]) == stages.HIT
+
+
+def test_a_blob_is_used_while_others_are_on_their_way(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is published, and free to be unpacked and dropped; what came before a failure stays."""
+    from fledge_tasks import stages, workspace
+    from fledge_tasks.oci import source
+    from fledge_tasks.planner import Planner
+
+    assert place.fledge("lock").code == 0
+    found = workspace.load(place.root)
+    planner = Planner(found, Store(found.cache))
+    plan = planner.plan(found.images[0])
+    assert plan is not None
+    last, first = plan.layers
+    fetch = source.fetch
+
+    def breaks_off(*arguments: Any, arrived: Callable[[LayerRef], None], **settings: Any) -> None:
+        reference, image, wanted = arguments
+        fetch(reference, image, [ref for ref in wanted if ref == first.ref], arrived=arrived, **settings)
+        assert planner.store.find(first.blob.key()) is not None
+        assert stages.unpack(planner, plan, first)["bytes"] > 0
+        assert not planner.store.folder(first.blob.key()).exists()
+        raise SourceError("the connection is gone")
+
+    monkeypatch.setattr(source, "fetch", breaks_off)
+    with pytest.raises(SourceError, match="the connection is gone"):
+        stages.fetch(planner, plan, last)
+    planner.store.close()
+    assert place.leftovers() == []
+    monkeypatch.undo()
+    assert place.build().stages("web") == ["fetch", "unpack", "mkfs", "assemble", "manifest"]

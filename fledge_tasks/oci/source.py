@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from fledge_tasks.errors import (
     OfflineError,
     SourceError,
 )
-from fledge_tasks.fsutil import remove_tree, start_writeback, temp_folder
+from fledge_tasks.fsutil import remove_tree, temp_folder
 from fledge_tasks.oci import daemon
 from fledge_tasks.oci.layout import LocalImage, adopt, open_image, wrong_blob
 from fledge_tasks.oci.manifest import (
@@ -41,10 +40,10 @@ from fledge_tasks.oci.manifest import (
 )
 from fledge_tasks.oci.reference import PATH_TRANSPORTS, Reference
 from fledge_tasks.oci.skopeo import skopeo
+from fledge_tasks.oci.transfer import watched
 
 _T = TypeVar("_T")
 
-_POLL_SECONDS = 0.05
 _COPY = ("copy", "--quiet", "--remove-signatures", "--retry-times", "2")
 _CHANGED_HINT = "run again"
 
@@ -172,16 +171,19 @@ def fetch(
     into: Path,
     scratch: Path,
     advance: Callable[[int], None],
+    arrived: Callable[[LayerRef], None] = lambda _: None,
     offline: bool = False,
 ) -> None:
     """Put the blob of each wanted layer of a resolved image at `into/<hex of LayerRef.blob>`.
 
     From a registry only the wanted blobs are transferred, by the manifest's digest. `advance` gets
-    the growth in bytes, all in all the sum of the wanted sizes, partly from another thread. With
-    `scratch` on the filesystem of `into`, nothing is copied twice. Files are not synced. On an
-    error, `into` holds some of the wanted blobs, each of them whole and checked; a second call
-    starts from the beginning. Raises BlobError for a blob of another digest or size, SourceError
-    when a local image is not the resolved one any more, and the errors of `resolve`.
+    the growth in bytes, all in all the sum of the wanted sizes. `arrived` is told each blob once it
+    is there, whole and checked, while others are still on their way, and may move it away. Both are
+    called from another thread, too, one at a time; what `arrived` raises is raised here. With
+    `scratch` on the filesystem of `into`, nothing is copied twice. Files are not synced. After an
+    error `arrived` was told some of the wanted blobs; a second call starts from the beginning.
+    Raises BlobError for a blob of another digest or size, SourceError when a local image is not the
+    resolved one any more, and the errors of `resolve`.
     """
     layers = list({layer.blob: layer for layer in wanted}.values())
     if not layers:
@@ -199,18 +201,30 @@ def fetch(
                 local.copy(layer, blob, advance)
                 adopt(blob, layer, into, where=where)
                 blob.unlink()
+                arrived(layer)
             return
         kept = {layer.blob.removeprefix("sha256:") for layer in image.layers} - {layer.blob[7:] for layer in layers}
-        with _watched(work, kept, total, advance):
-            is_hashed = image.origin == "docker" and not any(layer.is_foreign for layer in layers)
-            if is_hashed:
-                blobs = _copy_from_registry(reference, image, kept, work, where)
-            else:
-                blobs = _export_again(reference, image, folder, work, where)
-            for layer in layers:
-                # In a layout, skopeo names a blob by the digest that it computed on the way.
-                digest = layer.blob if is_hashed else None
-                adopt(blobs / layer.blob.removeprefix("sha256:"), layer, into, where=where, digest=digest)
+        if image.origin == "docker" and not any(layer.is_foreign for layer in layers):
+            blobs = work / "layout" / "blobs" / "sha256"
+
+            def take(*, is_ended: bool = False) -> None:
+                for layer in layers[:]:
+                    blob = blobs / layer.blob.removeprefix("sha256:")
+                    # skopeo gives a blob its name, the digest that it computed on the way, when it is whole.
+                    if is_ended or blob.exists():
+                        adopt(blob, layer, into, where=where, digest=layer.blob)
+                        layers.remove(layer)
+                        arrived(layer)
+
+            with watched(work, kept, total, advance, take):
+                _copy_from_registry(reference, image, kept, work, where)
+            take(is_ended=True)
+            return
+        with watched(work, kept, total, advance):
+            blobs = _export_again(reference, image, folder, work, where)
+        for layer in layers:
+            adopt(blobs / layer.blob.removeprefix("sha256:"), layer, into, where=where)
+            arrived(layer)
 
 
 def _resolve_registry(reference: Reference, platform: Platform, scratch: Path, offline: bool) -> Resolution:
@@ -260,7 +274,8 @@ def _read(local: LocalImage, tag: str | None, origin: str, platform: Platform, *
     return Resolution(image, config, identity=seen)
 
 
-def _copy_from_registry(reference: Reference, image: Image, kept: set[str], work: Path, where: str) -> Path:
+def _copy_from_registry(reference: Reference, image: Image, kept: set[str], work: Path, where: str) -> None:
+    """Copy all blobs of an image that are not `kept` into the layout `work/layout`."""
     blobs = work / "layout" / "blobs" / "sha256"
     blobs.mkdir(parents=True)
     sizes = {layer.blob.removeprefix("sha256:"): layer.size for layer in image.layers}
@@ -272,7 +287,6 @@ def _copy_from_registry(reference: Reference, image: Image, kept: set[str], work
     # would compress layers that are plain tars, under another digest.
     source = f"docker://{reference.name}@{image.manifest}"
     skopeo([*_COPY, "--dest-oci-accept-uncompressed-layers", source, "oci:layout"], where=where, work=work)
-    return blobs
 
 
 def _export_again(reference: Reference, image: Image, folder: Path, work: Path, where: str) -> Path:
@@ -348,43 +362,3 @@ def _work_folder(scratch: Path, *, keep_on_success: bool = False) -> Iterator[Pa
         raise
     if not keep_on_success:
         remove_tree(work)
-
-
-@contextlib.contextmanager
-def _watched(folder: Path, ignored: set[str], total: int, advance: Callable[[int], None]) -> Iterator[None]:
-    """Report the growth of the files below `folder` while the block runs: skopeo's own progress is for eyes.
-
-    They begin to be written to the disk meanwhile: skopeo syncs each blob, and would wait for all of it at its end.
-    """
-    reported = 0
-    ended = threading.Event()
-
-    def report(found: int) -> None:
-        nonlocal reported
-        if (growth := min(found, total) - reported) > 0:
-            reported += growth
-            advance(growth)
-
-    def watch() -> None:
-        while not ended.wait(_POLL_SECONDS):
-            report(_bytes_on_their_way(folder, ignored))
-
-    watcher = threading.Thread(target=watch, name="fetch-progress", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join()
-    report(total)
-
-
-def _bytes_on_their_way(folder: Path, ignored: set[str]) -> int:
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            if name not in ignored:
-                with contextlib.suppress(OSError), open(os.path.join(parent, name), "rb") as file:
-                    start_writeback(file.fileno(), 0, 0)
-                    total += os.fstat(file.fileno()).st_size
-    return total

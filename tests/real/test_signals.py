@@ -51,8 +51,8 @@ def test_an_interrupted_build_leaves_nothing(
     (folder / "page.html").write_text("first\n")
     cache = workspace.root / "cache"
     process = start(workspace)
-    sign = "tmp/**/into/*" if moment == "fetching" else "tmp/**/payload"
-    wait_until(lambda: any(path.stat().st_size for path in cache.glob(sign)), process)
+    sign = "tmp/**/layout/**/*" if moment == "fetching" else "tmp/**/payload"
+    wait_until(lambda: any(path.is_file() and path.stat().st_size for path in cache.glob(sign)), process)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=_WAIT_SECONDS)
     assert process.returncode == 128 + number, stderr
