@@ -256,13 +256,30 @@ class TestLocal:
             workspace.resolve("oci-archive:x.tar")
 
     @pytest.mark.parametrize("part", [0, 0.1, 0.5])
-    @pytest.mark.parametrize("mode", ["w", "w:gz"])
+    @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
     def test_a_torn_archive_is_refused(self, workspace: Workspace, layout: Layout, mode: str, part: float) -> None:
         layout.tag("one", layout.image())
         path = archive_of(layout.path, workspace.folder / "x.tar", mode)
         os.truncate(path, int(path.stat().st_size * part))
         with pytest.raises(SourceError):
             workspace.resolve("oci-archive:x.tar")
+
+    @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+    def test_a_damaged_archive_is_refused(self, workspace: Workspace, layout: Layout, mode: str) -> None:
+        layout.tag("one", layout.image())
+        path = archive_of(layout.path, workspace.folder / "x.tar", mode)
+        image, data = workspace.resolve("oci-archive:x.tar").image, path.read_bytes()
+        refused = 0
+        for at in range(0, len(data), len(data) // 40):
+            path.write_bytes(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :])
+            try:
+                assert workspace.resolve("oci-archive:x.tar").image == image
+                workspace.fetch("oci-archive:x.tar", image, image.layers)
+            except SourceError:
+                refused += 1
+            for blob in workspace.into.iterdir():
+                blob.unlink()
+        assert refused > 20
 
     def test_wrong_forms_are_named(self, workspace: Workspace, layout: Layout) -> None:
         layout.tag("one", layout.image())

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import lzma
 import os
 import posixpath
 import shutil
@@ -216,7 +217,8 @@ def _reading(where: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OSError) as error:
+        # A ValueError is what tarfile lets out about a size that no file has.
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise  # it is the copy that cannot be written
         raise SourceError(f"cannot be read: {error}", where=where, hint=_DAMAGED) from None
