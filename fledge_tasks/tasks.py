@@ -141,7 +141,7 @@ class Graph:
             yield from self._late_tasks(image)
             before, layers = [*after, f"resolve:{name}"], [f"_layers:{name}"]
         else:
-            before, layers = after, [f"unpack:{short(layer.ref.diff_id)}" for layer in dict.fromkeys(plan.layers)]
+            before, layers = after, _names("unpack", plan)
             yield from self._layer_tasks(plan)
         needs = [f"resolve:{name}"] if plan else []
         yield self._task(
@@ -191,8 +191,7 @@ class Graph:
             return
         yield from self._layer_tasks(plan)
         of = "unpack" if stage == "layers" else stage
-        names = [f"{of}:{short(layer.ref.diff_id)}" for layer in dict.fromkeys(plan.layers)]
-        yield Task(name, None, task_dep=names, has_subtask=True)
+        yield Task(name, None, task_dep=_names(of, plan), has_subtask=True)
 
     def _layer_tasks(self, plan: ImagePlan) -> Iterator[Task]:
         planner = self._planner
@@ -295,6 +294,15 @@ class Loader(TaskLoader2):  # type: ignore[misc]  # doit has no types
     def load_tasks(self, cmd: object, pos_args: object) -> list[Task]:  # noqa: ARG002
         """Return the tasks."""
         return self._graph.tasks(self._images)
+
+
+def _names(stage: str, plan: ImagePlan) -> list[str]:
+    """Return the names of an image's tasks of a stage, the largest layer first.
+
+    Its fetch brings the blobs of all, and the others are unpacked while it is on its way.
+    """
+    layers = sorted(dict.fromkeys(plan.layers), key=lambda layer: -layer.ref.size)
+    return [f"{stage}:{short(layer.ref.diff_id)}" for layer in layers]
 
 
 def _plan(planner: Planner, image: ImageConfig) -> ImagePlan:

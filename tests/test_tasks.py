@@ -13,12 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from doit.task import Task
 
-from fledge_tasks import stages, tasks
+from fledge_tasks import stages, tasks, workspace
 from fledge_tasks.digest import short
 from fledge_tasks.filesystems import libext2fs
 from fledge_tasks.keys import Unpack
 from fledge_tasks.lock import LockFile
+from fledge_tasks.planner import Planner
 from fledge_tasks.store import Store
 from tests.layers import Compression, Member, folder
 from tests.layouts import CREATED_SECONDS, Place
@@ -510,3 +512,22 @@ def test_workers_need_not_import_the_stages() -> None:
     code = f"import importlib, sys\nfor name in {tasks._BUILDERS}: importlib.import_module(name)\nprint(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {f"fledge_tasks.{name}" for name in late} <= set(found)
+
+
+def test_the_largest_layer_comes_first(place: Place) -> None:
+    """Its fetch brings all blobs, so that the others are unpacked before it ends, also where layers get known late."""
+    content = (b"", os.urandom(9_000), os.urandom(10_000), os.urandom(99))
+    layout = place.add_layout("api", *([Member("f", data)] for data in content))
+    expected = [layer_task("unpack", layout.diff_ids[number]) for number in (2, 1, 3, 0)]
+    found = workspace.load(place.root)
+    planner = Planner(found, Store(found.cache))
+    [image] = found.select(["api"])
+
+    def graph() -> dict[str, Task]:
+        return {task.name: task for task in tasks.Graph(planner).tasks([image])}
+
+    late = graph()["_layers:api"]
+    place.build("api")
+    assert [task.task_dep for task in late.loader.creator() if task.name == "_layers:api"] == [expected]
+    assert graph()["mkfs:api"].setup_tasks == ["resolve:api", *expected]
+    planner.store.close()
