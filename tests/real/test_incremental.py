@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 
+import pytest
+
 from tests.real.conftest import Built
 from tests.real.images import Images
 from tests.real.reference import fsck, mounted
 from tests.real.registry import Registry
+from tests.tools import put_before
 from tests.workspaces import Workspace, sha256_of
 
 
@@ -29,6 +32,24 @@ def test_a_cold_build_moves_and_unpacks_every_layer_once(web: Built, registry: R
     assert len(own) == 3
     assert moved_layers(web.transfers, own) == sorted(own)
     assert sorted(web.result.stages("web")) == sorted(
+        ["resolve", *["fetch"] * 3, *["unpack"] * 3, "mkfs", "assemble", "manifest"]
+    )
+
+
+def test_layers_are_unpacked_while_the_largest_is_on_its_way(
+    workspace: Workspace, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """skopeo has all blobs, but does not end before two layers are unpacked, for a minute at most."""
+    unpacked = f"ls -d {workspace.root}/cache/objects/*/*/payload"
+    script = f"""
+        case " $* " in *" copy "*) ;; *) exec {shutil.which("skopeo")} "$@" ;; esac
+        {shutil.which("skopeo")} "$@" || exit
+        for _ in $(seq 600); do [ "$({unpacked} 2>/dev/null | wc -l)" -lt 2 ] || exit 0; sleep 0.1; done
+        exit 9"""
+    put_before(monkeypatch, workspace.root.parent, "skopeo", script)
+    workspace.env = {"PATH": os.environ["PATH"]}
+    workspace.add("web", f"docker://{images.reference('web')}")
+    assert sorted(workspace.build("-j", "2").stages("web")) == sorted(
         ["resolve", *["fetch"] * 3, *["unpack"] * 3, "mkfs", "assemble", "manifest"]
     )
 
