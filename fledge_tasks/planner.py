@@ -160,10 +160,11 @@ class Planner:
         """Find what makes a build of these images impossible before anything is started.
 
         Raises InputError with all mistakes in mappings and local agents, or for SOURCE_DATE_EPOCH,
-        LockError with all entries that `locked` misses, FilesystemError for a type that cannot be
-        made here, ToolError for what `[output]` wants.
+        LockError for a lock file that cannot be read, or with all entries that `locked` misses,
+        FilesystemError for a type that cannot be made here, ToolError for what `[output]` wants.
         """
         source_date_epoch()
+        self.lock.read()
         problems: list[FledgeError] = []
         missing: list[str] = []
         with self.digest_of.together():

@@ -238,9 +238,11 @@ def test_a_bad_reference_and_another_mistake(place: Place) -> None:
 
 
 def test_a_broken_lock_file(place: Place) -> None:
+    place.add_layout("api", BASE)
     (place.root / "fledge.lock").write_text("<<<<<<< ours\n")
-    for command in ("build", "plan", "lock"):
-        refused(place, 2, f"{place.root}/fledge.lock: cannot be read", "delete it and run", command=(command,))
+    for command in ("build", "build --locked", "plan", "lock"):
+        refused(place, 2, f"{place.root}/fledge.lock: cannot be read", "delete it and run", command=command.split())
+        assert place.fledge(*command.split()).stderr.count("cannot be read") == 1, "once, however many images there are"
     assert (place.root / "fledge.lock").read_text() == "<<<<<<< ours\n"
 
 
