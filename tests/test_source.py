@@ -31,6 +31,7 @@ from fledge_tasks.errors import (
     StoreError,
     ToolError,
 )
+from fledge_tasks.index import signature
 from fledge_tasks.oci.layout import adopt
 from fledge_tasks.oci.manifest import Image, LayerRef
 from fledge_tasks.oci.reference import parse
@@ -781,6 +782,42 @@ def test_blobs_are_told_while_others_are_on_their_way(workspace: Workspace, monk
     assert told == [layer.blob for layer in layers]
     assert sum(steps) == sum(layer.size for layer in layers)
     assert list(workspace.into.iterdir()) == list(workspace.scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("media_type", ["tar", "application/vnd.oci.image.layer.nondistributable.v1.tar"])
+def test_what_arrived_does_not_change(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, media_type: str) -> None:
+    """Nobody needs to read it again; and a skopeo that tries again finds something in the place of what it had."""
+    config = b'{"os":"linux","architecture":"amd64"}'
+    layers = [LayerRef(digest, digest, len(tar), media_type) for digest, tar in zip(DIFF_IDS, TARS, strict=True)]
+    image = Image("docker", DIFF_IDS[1], sha256_bytes(config), AMD64, tuple(layers))
+    seen: dict[Path, list[int]] = {}
+
+    def copies(argv: Sequence[str], *, cwd: Path, **_: object) -> bytes:
+        is_export = argv[-1] == "dir:export"
+        blobs = cwd / "export" if is_export else cwd / "layout" / "blobs" / "sha256"
+        blobs.mkdir(exist_ok=True)
+        for number, (layer, tar) in enumerate(zip(layers, TARS, strict=True)):
+            blob = blobs / layer.blob.removeprefix("sha256:")
+            (cwd / "part").write_bytes(tar)
+            (cwd / "part").rename(blob)
+            if not is_export and number == 0:
+                wait_until(lambda: len(seen) == 1)
+                assert (blob.stat().st_size, blob.stat().st_blocks) == (layer.size, 0)
+        manifest = {"schemaVersion": 2, "config": {"digest": image.config, "size": len(config)}, "layers": []}
+        (blobs / "manifest.json").write_text(json.dumps(manifest))
+        return b""
+
+    def arrived(layer: LayerRef) -> None:
+        path = workspace.into / layer.blob.removeprefix("sha256:")
+        seen[path] = signature(path.stat())
+
+    monkeypatch.setattr("fledge_tasks.oci.skopeo.run", copies)
+    fetch(
+        parse("host.invalid/x:1"), image, layers, folder=workspace.folder, into=workspace.into,
+        scratch=workspace.scratch, advance=lambda _: None, arrived=arrived,
+    )  # fmt: skip
+    assert len(seen) == len(layers)
+    assert {path: signature(path.stat()) for path in seen} == seen
 
 
 def test_what_cannot_be_taken_is_an_error_of_the_fetch(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,10 +178,11 @@ def fetch(
 
     From a registry only the wanted blobs are transferred, by the manifest's digest. `advance` gets
     the growth in bytes, all in all the sum of the wanted sizes. `arrived` is told each blob once it
-    is there, whole and checked, while others are still on their way, and may move it away. Both are
-    called from another thread, too, one at a time; what `arrived` raises is raised here. With
-    `scratch` on the filesystem of `into`, nothing is copied twice. Files are not synced. After an
-    error `arrived` was told some of the wanted blobs; a second call starts from the beginning.
+    is there, whole and checked, while others are still on their way, and may move it away: what stat
+    says of it does not change any more. Both are called from another thread, too, one at a time; what
+    `arrived` raises is raised here. With `scratch` on the filesystem of `into`, nothing is copied
+    twice. Files are not synced. After an error `arrived` was told some of the wanted blobs; a second
+    call starts from the beginning.
     Raises BlobError for a blob of another digest or size, SourceError when a local image is not the
     resolved one any more, and the errors of `resolve`.
     """
@@ -213,6 +214,8 @@ def fetch(
                     # skopeo gives a blob its name, the digest that it computed on the way, when it is whole.
                     if is_ended or blob.exists():
                         adopt(blob, layer, into, where=where, digest=layer.blob)
+                        # Now, since the end of this second name changes the file's ctime. A retry looks for it.
+                        _stand_in(blob, layer.size, work)
                         layers.remove(layer)
                         arrived(layer)
 
@@ -223,7 +226,9 @@ def fetch(
         with watched(work, kept, total, advance):
             blobs = _export_again(reference, image, folder, work, where)
         for layer in layers:
-            adopt(blobs / layer.blob.removeprefix("sha256:"), layer, into, where=where)
+            blob = blobs / layer.blob.removeprefix("sha256:")
+            adopt(blob, layer, into, where=where)
+            blob.unlink()
             arrived(layer)
 
 
@@ -280,13 +285,19 @@ def _copy_from_registry(reference: Reference, image: Image, kept: set[str], work
     blobs.mkdir(parents=True)
     sizes = {layer.blob.removeprefix("sha256:"): layer.size for layer in image.layers}
     for name in kept:
-        # skopeo takes a blob for transferred if a file of the right size is there (tried with 1.9).
-        with (blobs / name).open("xb") as file:
-            file.truncate(sizes[name])
+        _stand_in(blobs / name, sizes[name], work)
     # Relative to the working folder, since ':' in a path confuses skopeo. Without the option it
     # would compress layers that are plain tars, under another digest.
     source = f"docker://{reference.name}@{image.manifest}"
     skopeo([*_COPY, "--dest-oci-accept-uncompressed-layers", source, "oci:layout"], where=where, work=work)
+
+
+def _stand_in(blob: Path, size: int, work: Path) -> None:
+    """Put a file without data in the place of a blob: skopeo takes one of the right size for it (tried with 1.9)."""
+    empty = work / "stand-in"
+    with empty.open("xb") as file:
+        file.truncate(size)
+    empty.rename(blob)
 
 
 def _export_again(reference: Reference, image: Image, folder: Path, work: Path, where: str) -> Path:
