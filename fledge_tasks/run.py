@@ -42,10 +42,10 @@ PASSED_PATHS = (
     "HOME", "TMPDIR", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME",
     "REGISTRY_AUTH_FILE", "DOCKER_CONFIG", "DOCKER_CERT_PATH",
     "CONTAINERS_CONF", "CONTAINERS_REGISTRIES_CONF", "CONTAINERS_STORAGE_CONF",
-    "SSL_CERT_FILE", "SSL_CERT_DIR",
+    "SSL_CERT_FILE",
 )  # fmt: skip
 PASSED = (
-    *PASSED_PATHS, "PATH", "DOCKER_HOST", "DOCKER_TLS_VERIFY", "STORAGE_DRIVER",
+    *PASSED_PATHS, "SSL_CERT_DIR", "PATH", "DOCKER_HOST", "DOCKER_TLS_VERIFY", "STORAGE_DRIVER",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "no_proxy", "all_proxy",
 )  # fmt: skip
 
@@ -57,7 +57,9 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """
     passed = {name: os.environ[name] for name in PASSED if name in os.environ}
     # Relative ones start at our folder, and programs run in others.
-    passed |= {name: os.path.abspath(passed[name]) for name in PASSED_PATHS if passed.get(name)}
+    passed |= {name: _absolute(passed[name]) for name in PASSED_PATHS if passed.get(name)}
+    if folders := passed.get("SSL_CERT_DIR"):  # a list (Go's crypto/x509, OpenSSL)
+        passed["SSL_CERT_DIR"] = ":".join(map(_absolute, folders.split(":")))
     path = passed.get("PATH", "/usr/local/bin:/usr/bin:/bin")
     # mke2fs and its kind live where a plain user's PATH does not look on Debian.
     path = ":".join(dict.fromkeys([*path.split(":"), "/usr/sbin", "/sbin"]))
@@ -101,6 +103,11 @@ def run(
         output=output,
         hint=hint,
     )
+
+
+def _absolute(path: str) -> str:
+    """Return where a path leads. 'link/..' stays: it is not where the link is."""
+    return path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
 
 
 @dataclass(frozen=True)

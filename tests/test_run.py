@@ -121,6 +121,15 @@ def test_relative_paths_in_the_environment_start_where_we_are(tmp_path: Path, mo
     assert run(["sh", "-c", script], cwd=tmp_path / "elsewhere") == b"logins<>\n"
 
 
+def test_paths_in_the_environment_lead_where_they_led(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of a list; and '..' behind a link, which is the folder above the link's target."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SSL_CERT_DIR", "/etc/ssl/certs:mine:../ours")
+    monkeypatch.setenv("DOCKER_CONFIG", "/somewhere/link/../docker")
+    found = run(["sh", "-c", 'echo "$SSL_CERT_DIR $DOCKER_CONFIG"'], cwd=Path("/")).decode()
+    assert found == f"/etc/ssl/certs:{tmp_path}/mine:{tmp_path}/../ours /somewhere/link/../docker\n"
+
+
 @pytest.mark.parametrize("path", ["/usr/bin:/bin", None])
 def test_path_holds_the_folders_of_mke2fs(path: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if path is None:
