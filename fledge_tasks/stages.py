@@ -62,13 +62,13 @@ def fetch(planner: Planner, plan: ImagePlan, layer: Layer) -> Values:
         # Never wait for a second lock while holding one: whoever has it brings that layer.
         locks = {other.ref.blob: stack.enter_context(contextlib.ExitStack()) for other in plan.layers}
         for other in plan.layers:
-            if (
-                other.ref.blob not in wanted
-                and not is_fetched(store, other)
-                and locks[other.ref.blob].enter_context(store.building_if_free(other.blob.key()))
-                and not is_fetched(store, other)
-            ):
+            if other.ref.blob in wanted or is_fetched(store, other):
+                continue
+            lock = locks[other.ref.blob]
+            if lock.enter_context(store.building_if_free(other.blob.key())) and not is_fetched(store, other):
                 wanted[other.ref.blob] = other
+            else:
+                lock.close()  # somebody has brought it just now, and may want to drop it
         progress = meter(sum(each.ref.size for each in wanted.values()))
         with store.staging(layer.blob.key()) as scratch:
             into = scratch / "into"

@@ -11,12 +11,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fledge_tasks import download
+from fledge_tasks.digest import Digest
 from fledge_tasks.errors import FledgeError, SourceError
 from fledge_tasks.oci.manifest import LayerRef
 from fledge_tasks.store import Store
@@ -492,3 +495,36 @@ def test_a_blob_is_used_while_others_are_on_their_way(place: Place, monkeypatch:
     assert place.leftovers() == []
     monkeypatch.undo()
     assert place.build().stages("web") == ["fetch", "unpack", "mkfs", "assemble", "manifest"]
+
+
+def test_what_another_brings_meanwhile_is_not_held(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two looks at a layer, somebody brought it: whoever unpacks it can drop its blob."""
+    from fledge_tasks import stages, workspace
+    from fledge_tasks.oci import source
+    from fledge_tasks.planner import Planner
+
+    assert place.fledge("lock").code == 0
+    found = workspace.load(place.root)
+    planner, another = (Planner(found, Store(found.cache)) for _ in range(2))
+    plan = planner.plan(found.images[0])
+    assert plan is not None
+    own, brought = plan.layers
+    building_if_free, fetch = planner.store.building_if_free, source.fetch
+
+    def late(key: Digest) -> AbstractContextManager[bool]:
+        monkeypatch.undo()
+        only = replace(plan, layers=(brought,))
+        assert stages.fetch(another, only, brought)["fetched"].keys() == {brought.ref.diff_id}
+        monkeypatch.setattr(source, "fetch", others_unpack)
+        return building_if_free(key)
+
+    def others_unpack(*arguments: Any, **settings: Any) -> None:
+        assert arguments[2] == [own.ref]
+        assert stages.unpack(another, plan, brought)["bytes"] > 0
+        assert not another.store.folder(brought.blob.key()).exists()
+        fetch(*arguments, **settings)
+
+    monkeypatch.setattr(planner.store, "building_if_free", late)
+    assert stages.fetch(planner, plan, own)["fetched"].keys() == {own.ref.diff_id}
+    for store in (planner.store, another.store):
+        store.close()
