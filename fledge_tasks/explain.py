@@ -74,7 +74,9 @@ def explain(planner: Planner, image: ImageConfig) -> Iterator[Explanation]:
         return
     store, made = planner.store, usage.made_image(planner, image)
     assembled, image_file = fresh.is_assembled(plan), fresh.expected(plan)
-    record, described = fresh.description(plan, image_file), fresh.is_described(plan, image_file)
+    hashed = fresh.is_hashed(plan, image_file) if image.output.verity else None
+    tree = fresh.expected_tree(plan, image_file) if image.output.verity and image_file else None
+    record, described = fresh.description(plan, image_file, tree), fresh.is_described(plan, image_file, tree)
     assembles = isinstance(assembled, str)
     makes = assembles and not fresh.is_made(store, plan)
 
@@ -83,7 +85,7 @@ def explain(planner: Planner, image: ImageConfig) -> Iterator[Explanation]:
         return Explanation(stage, f"{stage}:{name}", status, why if status == "miss" else "")
 
     missing = "the OCI config or the agent is not in the cache"
-    resolves = makes or isinstance(described, str)
+    resolves = makes or isinstance(hashed, str) or isinstance(described, str)
     yield task("resolve", image.name, fresh.is_resolved(planner, image), resolves, missing)
     for layer in dict.fromkeys(plan.layers):
         name, reason = short(layer.ref.diff_id), _layer_reason(layer, made)
@@ -101,9 +103,8 @@ def explain(planner: Planner, image: ImageConfig) -> Iterator[Explanation]:
             yield Explanation(stage, f"{stage}:{image.name}", "miss", "the image file is made anew")
         return
     if image.output.verity:
-        hashed, verity = fresh.is_hashed(plan, image_file), plan.verity(image_file.raw_checksum)
         if isinstance(hashed, str):
-            changes = _changes(_noted(made, "verity"), _values(verity.text()))
+            changes = _changes(_noted(made, "verity"), _values(plan.verity(image_file.raw_checksum).text()))
             yield Explanation("verity", f"verity:{image.name}", "miss", hashed, tuple(changes))
         else:
             yield Explanation("verity", f"verity:{image.name}", "hit")

@@ -59,27 +59,36 @@ def is_hashed(plan: ImagePlan, image: output.Written | str | None = None) -> out
     return output.look(plan.tree_output, plan.verity(image.raw_checksum).key())
 
 
-def description(plan: ImagePlan, image: output.Written | str | None = None) -> Manifest | str:
+def expected_tree(plan: ImagePlan, image: output.Written) -> output.Written | None:
+    """Return the record of the image file's hash tree that is there, or that comes again."""
+    return output.made_from(plan.tree_output, plan.verity(image.raw_checksum).key())
+
+
+def description(
+    plan: ImagePlan, image: output.Written | str | None = None, tree: output.Written | None = None
+) -> Manifest | str:
     """Return the record of the manifest that describes the finished files, else the reason why there is none yet.
 
-    `image` as for `is_hashed`.
+    `image` and `tree` are what is known of these files, if they are not there.
     """
     image = image or is_assembled(plan)
     if isinstance(image, str):
         return image
     labels = {} if image.raw_sha256 is None else {RAW_CHECKSUM: image.raw_sha256}
     if plan.image.output.verity:
-        tree = is_hashed(plan, image)
-        if isinstance(tree, str):
-            return tree
-        labels |= {ROOT_HASH: str(tree.root_hash), HASH_TREE: str(plan.tree_output)}
+        hashed = tree or is_hashed(plan, image)
+        if isinstance(hashed, str):
+            return hashed
+        labels |= {ROOT_HASH: str(hashed.root_hash), HASH_TREE: str(plan.tree_output)}
     return plan.manifest(image.sha256, labels)
 
 
-def is_described(plan: ImagePlan, image: output.Written | str | None = None) -> output.Written | str:
+def is_described(
+    plan: ImagePlan, image: output.Written | str | None = None, tree: output.Written | None = None
+) -> output.Written | str:
     """Return the record of the manifest if it describes the image file, else the reason why not.
 
-    `image` as for `is_hashed`.
+    `image` and `tree` as for `description`.
     """
-    record = description(plan, image)
+    record = description(plan, image, tree)
     return record if isinstance(record, str) else output.look(plan.manifest_output, record.key())

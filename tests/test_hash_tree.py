@@ -284,6 +284,11 @@ def test_why(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     place.output("web").unlink()
     assert [line.split()[0] for line in place.fledge("plan").stdout.splitlines()[1:]] == ["assemble:web"]
     assert place.build().stages("web") == ["assemble"], "the plan is what runs"
+    place.output("web").with_name("rootfs.verity").unlink()
+    assert [line.split() for line in place.fledge("plan").stdout.splitlines()[1:]] == [
+        ["verity:web", "rootfs.verity", "is", "not", "there"]
+    ]
+    assert place.build().stages("web") == ["verity"], "the same tree comes again, and the manifest names it"
     rewrite(place, "size_buffer_mb = 1", "size_buffer_mb = 2")
     assert [line.split()[0] for line in place.fledge("plan").stdout.splitlines()[1:]] == [
         "mkfs:web", "assemble:web", "verity:web", "manifest:web",
