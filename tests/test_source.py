@@ -282,6 +282,20 @@ class TestLocal:
                 blob.unlink()
         assert refused > 20
 
+    @pytest.mark.parametrize(
+        "size", [b"\x80" + b"\x7f" * 11, b"\x80" + bytes(5) + b"\x40" + bytes(5), b"0" * 11 + b" "]
+    )
+    def test_extended_headers_of_no_archive_are_refused(self, workspace: Workspace, size: bytes) -> None:
+        """They are of more bytes than a file has, or than memory; or there are more of them than fit the stack."""
+        header = tarfile.TarInfo("x")
+        header.type = tarfile.XHDTYPE
+        data = bytearray(header.tobuf())
+        data[124:136], data[148:156] = size, b" " * 8
+        data[148:156] = b"%06o\0 " % sum(data)
+        (workspace.folder / "x.tar").write_bytes(bytes(data) * 2000 + bytes(10240))
+        with pytest.raises(SourceError, match=r"cannot be read: ."):
+            workspace.resolve("oci-archive:x.tar")
+
     def test_wrong_forms_are_named(self, workspace: Workspace, layout: Layout) -> None:
         layout.tag("one", layout.image())
         archive_of(layout.path, workspace.folder / "x.tar")

@@ -42,6 +42,9 @@ from fledge_tasks.oci.manifest import (
 
 _REF_NAME = "org.opencontainers.image.ref.name"
 _DAMAGED = "the source is damaged or was changed meanwhile; run again, or make the image again"
+# What tarfile lets out about a size that no file has, of an extended header that fits no memory, too, and about
+# more extended headers in a row than Python calls functions.
+_OF_TARFILE = (ValueError, OverflowError, MemoryError, RecursionError)
 
 
 class Files(Protocol):
@@ -217,8 +220,8 @@ def _reading(where: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OSError) as error:
-        # A ValueError is what tarfile lets out about a size that no file has.
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, *_OF_TARFILE) as error:
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise  # it is the copy that cannot be written
-        raise SourceError(f"cannot be read: {error}", where=where, hint=_DAMAGED) from None
+        what = str(error) or type(error).__name__
+        raise SourceError(f"cannot be read: {what}", where=where, hint=_DAMAGED) from None
