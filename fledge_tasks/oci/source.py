@@ -24,7 +24,7 @@ from fledge_tasks.errors import (
     OfflineError,
     SourceError,
 )
-from fledge_tasks.fsutil import remove_tree, temp_folder
+from fledge_tasks.fsutil import move, remove_tree, temp_folder
 from fledge_tasks.oci import daemon
 from fledge_tasks.oci.layout import LocalImage, adopt, open_image, wrong_blob
 from fledge_tasks.oci.manifest import (
@@ -297,7 +297,7 @@ def _stand_in(blob: Path, size: int, work: Path) -> None:
     empty = work / "stand-in"
     with empty.open("xb") as file:
         file.truncate(size)
-    empty.rename(blob)
+    move(empty, blob)
 
 
 def _export_again(reference: Reference, image: Image, folder: Path, work: Path, where: str) -> Path:
