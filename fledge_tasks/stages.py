@@ -107,13 +107,9 @@ def keep_blob(store: Store, layer: Layer, into: Path) -> int:
         return 0 if is_fetched(store, layer) else _publish_blob(store, layer, into)
 
 
-def _blob_file(layer: Layer, into: Path) -> Path:
-    return into / layer.ref.blob.removeprefix("sha256:")
-
-
 def _publish_blob(store: Store, layer: Layer, into: Path) -> int:
     with store.staging(layer.blob.key()) as folder:
-        fsutil.move(_blob_file(layer, into), folder / BLOB)
+        fsutil.move(into / layer.ref.blob.removeprefix("sha256:"), folder / BLOB)
         # Not synced: it is read once, soon, and checked against its digest then.
         return _publish(store, layer.blob, folder, durable=False).size
 

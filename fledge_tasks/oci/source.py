@@ -182,9 +182,8 @@ def fetch(
     says of it does not change any more. Both are called from another thread, too, one at a time; what
     `arrived` raises is raised here. With `scratch` on the filesystem of `into`, nothing is copied
     twice. Files are not synced. After an error `arrived` was told some of the wanted blobs; a second
-    call starts from the beginning.
-    Raises BlobError for a blob of another digest or size, SourceError when a local image is not the
-    resolved one any more, and the errors of `resolve`.
+    call starts from the beginning. Raises BlobError for a blob of another digest or size, SourceError
+    when a local image is not the resolved one any more, and the errors of `resolve`.
     """
     layers = list({layer.blob: layer for layer in wanted}.values())
     if not layers:
@@ -198,35 +197,20 @@ def fetch(
         if image.origin in ("oci", "oci-archive", "dir"):
             local = stack.enter_context(open_image(_local_path(reference, folder), image.origin, where))
             for layer in layers:
-                blob = work / layer.blob.removeprefix("sha256:")
+                blob = work / _name(layer)
                 local.copy(layer, blob, advance)
                 adopt(blob, layer, into, where=where)
                 blob.unlink()
                 arrived(layer)
             return
-        kept = {layer.blob.removeprefix("sha256:") for layer in image.layers} - {layer.blob[7:] for layer in layers}
         if image.origin == "docker" and not any(layer.is_foreign for layer in layers):
-            blobs = work / "layout" / "blobs" / "sha256"
-
-            def take(*, is_ended: bool = False) -> None:
-                for layer in layers[:]:
-                    blob = blobs / layer.blob.removeprefix("sha256:")
-                    # skopeo gives a blob its name, the digest that it computed on the way, when it is whole.
-                    if is_ended or blob.exists():
-                        adopt(blob, layer, into, where=where, digest=layer.blob)
-                        # Now, since the end of this second name changes the file's ctime. A retry looks for it.
-                        _stand_in(blob, layer.size, work)
-                        layers.remove(layer)
-                        arrived(layer)
-
-            with watched(work, kept, total, advance, take):
-                _copy_from_registry(reference, image, kept, work, where)
-            take(is_ended=True)
+            _copy_from_registry(reference, image, layers, into, work, advance, arrived)
             return
+        kept = set(map(_name, image.layers)) - set(map(_name, layers))
         with watched(work, kept, total, advance):
             blobs = _export_again(reference, image, folder, work, where)
         for layer in layers:
-            blob = blobs / layer.blob.removeprefix("sha256:")
+            blob = blobs / _name(layer)
             adopt(blob, layer, into, where=where)
             blob.unlink()
             arrived(layer)
@@ -279,17 +263,40 @@ def _read(local: LocalImage, tag: str | None, origin: str, platform: Platform, *
     return Resolution(image, config, identity=seen)
 
 
-def _copy_from_registry(reference: Reference, image: Image, kept: set[str], work: Path, where: str) -> None:
-    """Copy all blobs of an image that are not `kept` into the layout `work/layout`."""
+def _copy_from_registry(
+    reference: Reference,
+    image: Image,
+    layers: Sequence[LayerRef],
+    into: Path,
+    work: Path,
+    advance: Callable[[int], None],
+    arrived: Callable[[LayerRef], None],
+) -> None:
+    """Do what `fetch` does for a registry, with one skopeo for all `layers`."""
+    where = reference.canonical
+    missing = {_name(layer): layer for layer in layers}
+    kept = {_name(layer): layer for layer in image.layers if _name(layer) not in missing}
     blobs = work / "layout" / "blobs" / "sha256"
     blobs.mkdir(parents=True)
-    sizes = {layer.blob.removeprefix("sha256:"): layer.size for layer in image.layers}
-    for name in kept:
-        _stand_in(blobs / name, sizes[name], work)
+    for name, layer in kept.items():
+        _stand_in(blobs / name, layer.size, work)
+
+    def take(*, is_ended: bool = False) -> None:
+        for name, layer in list(missing.items()):
+            # skopeo gives a blob its name, the digest that it computed on the way, when it is whole.
+            if is_ended or (blobs / name).exists():
+                adopt(blobs / name, layer, into, where=where, digest=layer.blob)
+                # Now, since the end of this second name changes the file's ctime. A retry looks for it.
+                _stand_in(blobs / name, layer.size, work)
+                del missing[name]
+                arrived(layer)
+
     # Relative to the working folder, since ':' in a path confuses skopeo. Without the option it
     # would compress layers that are plain tars, under another digest.
     source = f"docker://{reference.name}@{image.manifest}"
-    skopeo([*_COPY, "--dest-oci-accept-uncompressed-layers", source, "oci:layout"], where=where, work=work)
+    with watched(work, kept, sum(layer.size for layer in layers), advance, take):
+        skopeo([*_COPY, "--dest-oci-accept-uncompressed-layers", source, "oci:layout"], where=where, work=work)
+    take(is_ended=True)
 
 
 def _stand_in(blob: Path, size: int, work: Path) -> None:
@@ -298,6 +305,11 @@ def _stand_in(blob: Path, size: int, work: Path) -> None:
     with empty.open("xb") as file:
         file.truncate(size)
     move(empty, blob)
+
+
+def _name(layer: LayerRef) -> str:
+    """Return the name that a layer's blob has in a layout, and in `dir:`."""
+    return layer.blob.removeprefix("sha256:")
 
 
 def _export_again(reference: Reference, image: Image, folder: Path, work: Path, where: str) -> Path:
