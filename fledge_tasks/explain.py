@@ -76,7 +76,8 @@ def explain(planner: Planner, image: ImageConfig) -> Iterator[Explanation]:
     assembled, image_file = fresh.is_assembled(plan), fresh.expected(plan)
     hashed = fresh.is_hashed(plan, image_file) if image.output.verity else None
     tree = fresh.expected_tree(plan, image_file) if image.output.verity and image_file else None
-    record, described = fresh.description(plan, image_file, tree), fresh.is_described(plan, image_file, tree)
+    record = fresh.description(plan, image_file, tree)
+    described = fresh.is_written(plan, record)
     assembles = isinstance(assembled, str)
     makes = assembles and not fresh.is_made(store, plan)
 

@@ -48,15 +48,15 @@ def expected(plan: ImagePlan) -> output.Written | None:
     return output.made_from(plan.output, plan.assemble.key())
 
 
-def is_hashed(plan: ImagePlan, image: output.Written | str | None = None) -> output.Written | str:
+def is_hashed(plan: ImagePlan, image: output.Written | None = None) -> output.Written | str:
     """Return the record of the image file's hash tree if it is up to date, else the reason why it is not.
 
     `image` is what is known of the image file, if it is not there.
     """
-    image = image or is_assembled(plan)
-    if isinstance(image, str):
-        return image
-    return output.look(plan.tree_output, plan.verity(image.raw_checksum).key())
+    assembled = image or is_assembled(plan)
+    if isinstance(assembled, str):
+        return assembled
+    return output.look(plan.tree_output, plan.verity(assembled.raw_checksum).key())
 
 
 def expected_tree(plan: ImagePlan, image: output.Written) -> output.Written | None:
@@ -65,30 +65,29 @@ def expected_tree(plan: ImagePlan, image: output.Written) -> output.Written | No
 
 
 def description(
-    plan: ImagePlan, image: output.Written | str | None = None, tree: output.Written | None = None
+    plan: ImagePlan, image: output.Written | None = None, tree: output.Written | None = None
 ) -> Manifest | str:
     """Return the record of the manifest that describes the finished files, else the reason why there is none yet.
 
     `image` and `tree` are what is known of these files, if they are not there.
     """
-    image = image or is_assembled(plan)
-    if isinstance(image, str):
-        return image
-    labels = {} if image.raw_sha256 is None else {RAW_CHECKSUM: image.raw_sha256}
+    assembled = image or is_assembled(plan)
+    if isinstance(assembled, str):
+        return assembled
+    labels = {} if assembled.raw_sha256 is None else {RAW_CHECKSUM: assembled.raw_sha256}
     if plan.image.output.verity:
-        hashed = tree or is_hashed(plan, image)
+        hashed = tree or is_hashed(plan, assembled)
         if isinstance(hashed, str):
             return hashed
         labels |= {ROOT_HASH: str(hashed.root_hash), HASH_TREE: str(plan.tree_output)}
-    return plan.manifest(image.sha256, labels)
+    return plan.manifest(assembled.sha256, labels)
 
 
-def is_described(
-    plan: ImagePlan, image: output.Written | str | None = None, tree: output.Written | None = None
-) -> output.Written | str:
-    """Return the record of the manifest if it describes the image file, else the reason why not.
+def is_described(plan: ImagePlan) -> output.Written | str:
+    """Return the record of the manifest if it describes the image file, else the reason why not."""
+    return is_written(plan, description(plan))
 
-    `image` and `tree` as for `description`.
-    """
-    record = description(plan, image, tree)
+
+def is_written(plan: ImagePlan, record: Manifest | str) -> output.Written | str:
+    """Return the record of the manifest if it was made from `record`, what `description` returned, else why not."""
     return record if isinstance(record, str) else output.look(plan.manifest_output, record.key())
