@@ -15,6 +15,7 @@ from fledge_tasks.run import run
 
 _REGISTRIES_CONF = "in ~/.config/containers/registries.conf (see containers-registries.conf(5))"
 # What skopeo prints, from the most telling to the least: a registry's 'denied' may quote a 404.
+_LOST_BLOB = r"fetching blob: .*(?:404|blob unknown|not found)"
 _FAILURES: tuple[tuple[str, type[SourceError], str, str | None], ...] = (
     (
         r"policy\.json: no such file|Source image rejected",
@@ -58,7 +59,7 @@ _FAILURES: tuple[tuple[str, type[SourceError], str, str | None], ...] = (
         "REGISTRY_AUTH_FILE may name another file with logins",
     ),
     (
-        r"(?i)fetching blob: .*(?:404|blob unknown|not found)",
+        rf"(?i){_LOST_BLOB}",
         BlobError,
         "the registry has not got a blob that its manifest names",
         "push the image again, or look at mirrors and proxies",
@@ -88,7 +89,7 @@ _FAILURES: tuple[tuple[str, type[SourceError], str, str | None], ...] = (
 _SHA256 = r"(sha256:[0-9a-f]{64})"
 _GOT = re.compile(rf"expected {_SHA256}, got {_SHA256}")
 _NOT_EXPECTED = re.compile(rf"digest {_SHA256} does not match expected {_SHA256}")
-_NOT_THERE = re.compile(rf"(?i)reading blob {_SHA256}: .*fetching blob: .*(?:404|blob unknown|not found)")
+_NOT_THERE = re.compile(rf"(?i)reading blob {_SHA256}: .*{_LOST_BLOB}")
 
 
 def skopeo(arguments: Sequence[str], *, where: str, work: Path | None = None) -> bytes:
