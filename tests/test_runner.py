@@ -30,6 +30,7 @@ from fledge_tasks.interrupt import Interrupted, interruptible
 from fledge_tasks.reporter import NullListener, TaskResult
 from fledge_tasks.runner import MemoryDB, Outcome, harden, run
 from fledge_tasks.workers import SafeRunner, WorkerRunner
+from tests.tools import wait_for
 
 ROOT = Path(__file__).parent.parent
 JOBS = pytest.mark.parametrize("jobs", [1, 4])
@@ -681,13 +682,6 @@ def start(workspace: Path, *argv: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.02)
 
 
 def programs(workspace: Path, count: int) -> list[int]:

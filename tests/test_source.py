@@ -36,6 +36,7 @@ from fledge_tasks.oci.layout import adopt
 from fledge_tasks.oci.manifest import Image, LayerRef
 from fledge_tasks.oci.reference import parse
 from fledge_tasks.oci.source import Resolution, fetch, identity, resolve
+from tests.tools import wait_for
 
 AMD64 = "linux/amd64"
 LAYER = "application/vnd.oci.image.layer.v1.tar"
@@ -778,7 +779,7 @@ def test_blobs_are_told_while_others_are_on_their_way(workspace: Workspace, monk
             (cwd / "layout" / "part").write_bytes(tar)
             (cwd / "layout" / "part").rename(blobs / layer.blob.removeprefix("sha256:"))
             if layer != layers[-1]:
-                wait_until(partial(told.__contains__, layer.blob))
+                wait_for(partial(told.__contains__, layer.blob))
         return b""
 
     def arrived(layer: LayerRef) -> None:
@@ -815,7 +816,7 @@ def test_what_arrived_does_not_change(workspace: Workspace, monkeypatch: pytest.
             (cwd / "part").write_bytes(tar)
             (cwd / "part").rename(blob)
             if not is_export and number == 0:
-                wait_until(lambda: len(seen) == 1)
+                wait_for(lambda: len(seen) == 1)
                 assert (blob.stat().st_size, blob.stat().st_blocks) == (layer.size, 0)
         manifest = {"schemaVersion": 2, "config": {"digest": image.config, "size": len(config)}, "layers": []}
         (blobs / "manifest.json").write_text(json.dumps(manifest))
@@ -840,7 +841,7 @@ def test_what_cannot_be_taken_is_an_error_of_the_fetch(workspace: Workspace, mon
 
     def copies(_argv: Sequence[str], *, cwd: Path, **_: object) -> bytes:
         (cwd / "layout" / "blobs" / "sha256" / layer.blob.removeprefix("sha256:")).write_bytes(TARS[0])
-        wait_until(lambda: len(tries) == 1)
+        wait_for(lambda: len(tries) == 1)
         return b""
 
     def arrived(layer: LayerRef) -> None:
@@ -856,11 +857,3 @@ def test_what_cannot_be_taken_is_an_error_of_the_fetch(workspace: Workspace, mon
         )  # fmt: skip
     assert tries == [layer]
     assert list(workspace.scratch.iterdir()) == []
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for what another thread does."""
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,6 +57,14 @@ def put_before(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, script:
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{PATH}")
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait for what another thread or process does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.02)
 
 
 def as_nobody() -> list[str]:
