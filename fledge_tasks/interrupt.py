@@ -13,6 +13,9 @@ from types import FrameType
 
 SIGNALS = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 _REPEAT_SECONDS = 0.5
+# How long a wait for somebody else may last before it is begun again. Python raises in the main thread, between
+# two of its steps: a signal that another thread takes, or that comes just before a system call, ends no wait.
+LISTEN_SECONDS = 0.2
 
 
 class Interrupted(KeyboardInterrupt):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import shlex
 import signal
 import subprocess
@@ -34,6 +35,7 @@ _PACKAGES = {
     "tar2sqfs": "squashfs-tools-ng", "sqfstar": "squashfs-tools",
     "mkfs.erofs": "erofs-utils", "fsck.erofs": "erofs-utils",
 }  # fmt: skip
+_READ_BYTES = 1 << 16
 _TERMINATE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
@@ -86,7 +88,7 @@ def run(
     command = [str(argument) for argument in argv]
     with tempfile.TemporaryFile() as errors:
         with _started(command, errors, env=env, cwd=cwd, feed=feed) as process:
-            output, _ = process.communicate()
+            output = _output(process)
         if process.returncode == 0:
             return output
         stderr = _tail(errors)
@@ -103,6 +105,21 @@ def run(
         output=output,
         hint=hint,
     )
+
+
+def _output(process: subprocess.Popen[bytes]) -> bytes:
+    """Wait for the program's end, and return what it wrote to stdout."""
+    assert process.stdout is not None
+    descriptor, pieces = process.stdout.fileno(), []
+    readable = select.poll()
+    readable.register(descriptor, select.POLLIN)
+    while True:
+        if readable.poll(interrupt.LISTEN_SECONDS * 1000):
+            if not (piece := os.read(descriptor, _READ_BYTES)):
+                break
+            pieces.append(piece)
+    process.wait()
+    return b"".join(pieces)
 
 
 def _absolute(path: str) -> str:

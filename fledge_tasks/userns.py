@@ -189,6 +189,8 @@ def _map_ids(pid: int | None, ranges: tuple[list[tuple[int, int]], list[tuple[in
 
 def _answer(receiver: connection.Connection) -> object:
     try:
+        while not receiver.poll(interrupt.LISTEN_SECONDS):
+            pass
         outcome = receiver.recv()  # of our own child
     except EOFError:
         raise FilesystemError("the process in the user namespace ended without a result") from None

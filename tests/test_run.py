@@ -358,3 +358,18 @@ def test_a_signal_in_the_midst_of_starting_leaves_nothing_open(monkeypatch: pyte
     process = started[0]
     assert process.returncode == -signal.SIGTERM
     assert process.stdout is not None and process.stdout.closed
+
+
+def test_a_signal_that_another_thread_takes_ends_the_wait(tmp_path: Path) -> None:
+    began = tmp_path / "began"
+
+    def take() -> None:
+        assert wait_for(began.exists, 10)
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    with interruptible(), pytest.raises(Interrupted):
+        sh(f"touch {began}; sleep 20; touch {tmp_path}/ended")
+    thread.join()
+    assert not (tmp_path / "ended").exists()

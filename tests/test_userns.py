@@ -230,10 +230,26 @@ SLEEPER = """
     """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_it_ends_with_us(tmp_path: Path, place: Path, signum: signal.Signals) -> None:
+TAKEN_BY_A_THREAD = """
+    import threading
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [15])  # in this thread alone
+    """
+
+
+@pytest.mark.parametrize(
+    ("signum", "before"), [(signal.SIGTERM, ""), (signal.SIGTERM, TAKEN_BY_A_THREAD), (signal.SIGKILL, "")]
+)
+def test_it_ends_with_us(tmp_path: Path, place: Path, signum: signal.Signals, before: str) -> None:
     """Also when we are killed: `finally` blocks in it run."""
-    code = f"# in {place}\nimport signal\nsignal.signal(15, lambda *_: sys.exit(1))\n{textwrap.dedent(SLEEPER)}"
+    code = "\n".join(
+        (
+            f"# in {place}",
+            "import signal",
+            "signal.signal(15, lambda *_: sys.exit(1))",
+            *map(textwrap.dedent, (before, SLEEPER)),
+        )
+    )
     process = subprocess.Popen(
         command(tmp_path / "grants", code), env=environment(), cwd=place, stdin=subprocess.DEVNULL, process_group=0
     )
