@@ -101,7 +101,7 @@ class Bench:
 def main() -> int:
     """Run all and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=2, help="how often each is run (default: 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is run (default: 3)")
     parser.add_argument("--image", choices=IMAGES, action="append", help="only this one")
     arguments = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="bench-", dir=cache_folder()))

@@ -70,6 +70,8 @@ class LockFile:
         except FileNotFoundError:
             self._seen, self._content = None, Content()
             return self._content
+        except OSError as error:
+            raise LockError(f"cannot be read: {error.strerror}", where=str(self.path), hint=_HINT) from None
         if seen != self._seen:
             if not self.path.is_file():
                 raise LockError("cannot be read: it is not a file", where=str(self.path), hint=_HINT)

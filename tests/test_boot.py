@@ -43,6 +43,13 @@ def built(place: Place, name: str = "web", more: str = "", **config: object) -> 
 # --- what can be booted ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("timeout", ["nan", "inf", "0"])
+def test_a_timeout_that_is_none(place: Place, timeout: str) -> None:
+    place.add_layout("web", [Member("a")])
+    result = place.fledge("boot", "web", "--timeout", timeout)
+    assert result.code == 2 and "--timeout" in result.stderr
+
+
 def test_an_image_that_is_not_built(place: Place, qemu: FakeQemu) -> None:
     place.add_layout("web", [Member("a")])
     result = place.fledge("boot", "web")

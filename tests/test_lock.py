@@ -187,5 +187,12 @@ def test_something_else_in_its_place(file: LockFile, make: Callable[[Path], None
         file.read()
 
 
+def test_a_link_to_itself_in_its_place(file: LockFile) -> None:
+    file.path.symlink_to(file.path)
+    with pytest.raises(LockError, match="Too many levels of symbolic links") as caught:
+        file.read()
+    assert caught.value.where == str(file.path)
+
+
 def test_the_records_hold_what_is_documented() -> None:
     assert [field.name for field in msgspec.structs.fields(LockedImage)] == ["image", "identity", "created"]

@@ -56,7 +56,7 @@ class Booted(msgspec.Struct):
     "--accel", type=click.Choice(["auto", "kvm", "tcg"]), default="auto", help="Default: KVM where it works, else TCG."
 )
 @click.option(
-    "--timeout", type=click.FloatRange(min=1), default=60, metavar="SECONDS", help="How long it may take; default: 60."
+    "--timeout", type=click.IntRange(min=1), default=60, metavar="SECONDS", help="How long it may take; default: 60."
 )
 @click.option("--offline", is_flag=True, help="The guest reaches nobody. Else it reaches what this host does.")
 @click.option("--shell", is_flag=True, help="Run a shell in the image, on this terminal, instead of the workload.")
@@ -71,7 +71,7 @@ def boot(
     given: Path | None,
     initrd: Path | None,
     accel: str,
-    timeout: float,
+    timeout: int,
     offline: bool,
     shell: bool,
     keep: bool,
