@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fledge_tasks.errors import StoreError
+from fledge_tasks.interrupt import finish
 
 _K = TypeVar("_K")
 
@@ -89,7 +90,7 @@ def temp_folder(parent: Path, name: str) -> Path:
 
 
 def stale_below(parent: Path, name: str) -> list[Path]:
-    """Return what `temp_folder` made for `name`. The caller must be its only user now, and may delete it."""
+    """Return what is there under a `temp_name` of `name`. The caller must be its only user now, and may delete it."""
     with contextlib.suppress(FileNotFoundError):
         return [Path(entry.path) for entry in os.scandir(parent) if entry.name.startswith(f"{name}.")]
     return []
@@ -109,11 +110,15 @@ def set_aside(folder: Path, target: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a file or folder if it is there. Idempotent."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    """Delete a file or folder if it is there. Idempotent; a signal is raised when all is gone."""
+
+    def remove() -> None:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+    finish(remove)
 
 
 @contextlib.contextmanager
@@ -124,8 +129,8 @@ def replacing(target: Path, mode: int = 0o644, *, durable: bool = True) -> Itera
     not `durable` may be lost, or be empty, after a crash of the machine.
     """
     temp = temp_sibling(target)
-    fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     with _published(temp, target, durable=durable):
+        fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
             crash_point(f"{target.name}: created")
             yield fd
@@ -189,8 +194,8 @@ def write_atomic(target: Path, data: bytes, mode: int = 0o644) -> None:
 def write_new(target: Path, data: bytes) -> None:
     """Write a small file that is not there yet, whole or not at all. Raises FileExistsError when it is, OSError."""
     temp = temp_sibling(target)
-    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
+        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             write_all(fd, data)
             os.fsync(fd)

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
@@ -120,6 +120,18 @@ def held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if signum is not None:
             signal.raise_signal(signum)
+
+
+def finish(step: Callable[[], object]) -> None:
+    """Take an idempotent step to its end: one that a signal interrupts is begun again, then Interrupted is raised.
+
+    For what takes too long to be `held`. A signal is raised once, so nothing interrupts the second time.
+    """
+    try:
+        step()
+    except Interrupted:
+        step()
+        raise
 
 
 def handle_in_worker() -> None:

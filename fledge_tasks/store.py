@@ -36,7 +36,7 @@ from typing import Any
 import filelock
 import msgspec
 
-from fledge_tasks import fsutil, userns
+from fledge_tasks import fsutil, interrupt, userns
 from fledge_tasks.digest import Digest, is_digest, sha256_bytes, short, xxh3_file
 from fledge_tasks.errors import NOT_DECODED, StoreError
 from fledge_tasks.index import Index, signature
@@ -241,13 +241,14 @@ class Store:
     @contextlib.contextmanager
     def staging(self, key: Digest) -> Iterator[Path]:
         """Yield a new folder inside the store for the files of a key; it is gone afterwards."""
-        folder = fsutil.temp_folder(self.root / "tmp", _hex(key))
-        self._started[folder] = time.monotonic()
-        fsutil.crash_point("staging: made")
+        folder = fsutil.temp_name(self.root / "tmp", _hex(key))
         try:
+            folder.mkdir(parents=True)
+            self._started[folder] = time.monotonic()
+            fsutil.crash_point("staging: made")
             yield folder
         finally:
-            del self._started[folder]
+            self._started.pop(folder, None)
             userns.remove_tree(folder)
 
     def _remove_unfinished(self, key: Digest) -> None:
@@ -335,16 +336,21 @@ class Store:
                     self.index.remove(name)
 
     def discard(self, key: Digest) -> None:
-        """Remove an entry that is not needed any more. Idempotent; the caller holds its lock."""
-        # By one rename: whoever looks at it now finds it whole or not at all, and never takes it for damaged.
+        """Remove an entry that is not needed any more. Idempotent; the caller holds its lock.
+
+        A signal is raised when it is gone.
+        """
         folder = fsutil.temp_name(self.root / "tmp", _hex(key))
-        try:
-            fsutil.move(self.folder(key), folder)
-        except OSError:
-            return
-        fsutil.crash_point("discard: renamed")
-        shutil.rmtree(folder, ignore_errors=True)
-        fsutil.crash_point("discard: folder deleted")
+
+        def remove() -> None:
+            # By one rename: whoever looks at it now finds it whole or not at all, and never takes it for damaged.
+            with contextlib.suppress(OSError):
+                fsutil.move(self.folder(key), folder)
+                fsutil.crash_point("discard: renamed")
+            fsutil.remove_tree(folder)
+            fsutil.crash_point("discard: folder deleted")
+
+        interrupt.finish(remove)
 
     def folder(self, key: Digest) -> Path:
         """Return where the entry of a key is, or would be."""

@@ -118,11 +118,18 @@ def call(function: Callable[[], T]) -> T:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a file or folder, also if it belongs to subordinate ids. Idempotent; what cannot be deleted stays."""
-    fsutil.remove_tree(path)
-    if path.is_dir() and not _is_needless():
-        with contextlib.suppress(FledgeError, OSError):
-            call(lambda: shutil.rmtree(path, ignore_errors=True))
+    """Delete a file or folder, also if it belongs to subordinate ids. Idempotent; what cannot be deleted stays.
+
+    A signal is raised when all is gone.
+    """
+
+    def remove() -> None:
+        fsutil.remove_tree(path)
+        if path.is_dir() and not _is_needless():
+            with contextlib.suppress(FledgeError, OSError):
+                call(lambda: shutil.rmtree(path, ignore_errors=True))
+
+    interrupt.finish(remove)
 
 
 def _give_away() -> None:

@@ -11,12 +11,14 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fledge_tasks import store as store_module
 from fledge_tasks.digest import Digest, sha256_bytes, xxh3_file
 from fledge_tasks.errors import StoreError
+from fledge_tasks.interrupt import Interrupted, interruptible
 from fledge_tasks.store import Entry, Store
 from tests.tools import need, need_root
 
@@ -261,6 +263,54 @@ def test_an_error_while_building_leaves_nothing(store: Store) -> None:
     with pytest.raises(StoreError), store.building(KEY), store.staging(KEY) as folder:
         (folder / "data" / "below").write_bytes(DATA)
     assert store.find(KEY) is None
+    assert list((store.root / "tmp").iterdir()) == []
+
+
+@pytest.fixture
+def interrupt_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Have a signal come while a function of os does its first work from now on."""
+
+    def arm(name: str) -> None:
+        function, calls = getattr(os, name), []
+
+        def interrupted(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            result = function(*arguments, **options)
+            if len(calls) == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return result
+
+        monkeypatch.setattr(os, name, interrupted)
+
+    with interruptible():
+        yield arm
+
+
+@pytest.mark.parametrize("moment", ["rename", "unlink", "rmdir"])
+def test_a_signal_while_an_entry_is_discarded_leaves_nothing(
+    store: Store, interrupt_after: Callable[[str], None], moment: str
+) -> None:
+    build(store)
+    interrupt_after(moment)
+    with pytest.raises(Interrupted):
+        store.discard(KEY)
+    assert store.find(KEY) is None
+    assert list((store.root / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", ["mkdir", "unlink", "rmdir"])
+def test_a_signal_while_a_staging_folder_is_made_or_removed_leaves_nothing(
+    store: Store, interrupt_after: Callable[[str], None], moment: str
+) -> None:
+    def stage() -> None:
+        with store.staging(KEY) as folder:
+            (folder / "data").write_bytes(DATA)
+            (folder / "small").write_bytes(b"1")
+
+    store.prepare()
+    interrupt_after(moment)
+    with pytest.raises(Interrupted):
+        stage()
     assert list((store.root / "tmp").iterdir()) == []
 
 
