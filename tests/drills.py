@@ -19,6 +19,7 @@ from pathlib import Path
 from fledge_tasks import fsutil
 from fledge_tasks import resolve as _resolve  # noqa: F401  # imported once, here, and not in each process
 from fledge_tasks.cli import build as _build  # noqa: F401
+from fledge_tasks.cli import group as _group  # noqa: F401
 from fledge_tasks.cli import main
 from fledge_tasks.filesystems import libext2fs
 from tests.layers import Member, folder, symlink

@@ -12,8 +12,8 @@ import click
 import pytest
 import yaml
 
-from fledge_tasks.cli import cli
 from fledge_tasks.cli.context import Context
+from fledge_tasks.cli.group import cli
 from fledge_tasks.workspace import LOCK_NAME
 from tests.workspaces import REPOSITORY
 

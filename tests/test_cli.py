@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from fledge_tasks.digest import is_digest, sha256_bytes, short
 from tests.layers import Member, archive, compress, folder
 from tests.layouts import Layout, Place
 from tests.tools import PATH, need, take_rights
-from tests.workspaces import Result, Workspace, processes_about, sha256_of
+from tests.workspaces import REPOSITORY, Result, Workspace, processes_about, sha256_of
 
 BASE = [folder("bin"), Member("bin/app", b"\x7fELF" + bytes(20_000), mode=0o755)]
 MORE = [folder("etc"), Member("etc/motd", b"hello\n" * 500)]
@@ -429,6 +430,27 @@ def test_a_signal_in_the_middle_of_a_build(
     assert not program.output("web").exists()
     assert wait_for(lambda: processes_about(program.root) == [])
     assert set(program.build().stages("web")) == {"mkfs", "assemble", "manifest"}
+
+
+STOPPED_WHILE_IT_IMPORTS = """
+import signal, sys
+
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "fledge_tasks.planner":
+            signal.raise_signal({signum})
+
+sys.meta_path.insert(0, Finder)
+from fledge_tasks.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_while_it_imports_what_it_needs(program: Workspace, signum: signal.Signals, code: int) -> None:
+    script = STOPPED_WHILE_IT_IMPORTS.format(signum=int(signum))
+    result = program.run([sys.executable, "-c", script, "-C", str(program.root), "build"], REPOSITORY, 20)
+    assert (result.code, result.stdout, result.stderr) == (code, "", "interrupted\n")
 
 
 def test_a_reader_that_has_seen_enough(program: Workspace) -> None:
