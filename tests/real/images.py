@@ -93,10 +93,13 @@ class Images:
     def reference(self, name: str) -> str:
         """Return 'host:port/name:tag' of an image, which is in the registry from then on."""
         reference, tag = f"{self._registry.host}/{name}:{self.tag(name)}", self.tag(name)
-        with FileLock(self._cache / "images.lock"):
+        with self._lock():
             if self._registry.manifest(name, tag) is None:
                 self._make(name, reference)
         return reference
+
+    def _lock(self) -> FileLock:
+        return FileLock(self._cache / "images.lock")
 
     def _make(self, name: str, reference: str) -> None:
         recipe = RECIPES[name]
@@ -123,12 +126,13 @@ class Images:
 
     def close(self) -> None:
         """Remove what buildah left; the pushed images stay."""
-        if self._storage.exists():
-            # containers/storage mounts its folder on itself, and a failed RUN leaves its container mounted.
-            for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
-                if Path(place := line.split()[1]).is_relative_to(self._storage):
-                    subprocess.run(["umount", place], check=True)
-            shutil.rmtree(self._storage)
+        with self._lock():  # other workers use and remove it, too
+            if self._storage.exists():
+                # containers/storage mounts its folder on itself, and a failed RUN leaves its container mounted.
+                for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
+                    if Path(place := line.split()[1]).is_relative_to(self._storage):
+                        subprocess.run(["umount", place], check=True)
+                shutil.rmtree(self._storage)
 
 
 def _code(write: Callable[[Path], None] | None) -> str:
