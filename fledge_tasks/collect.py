@@ -8,7 +8,6 @@ notes of their images (`usage`), as far as the lock file still has them.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -172,7 +171,7 @@ def leave_only_content(store: Store) -> None:
 
 
 def _tidy(store: Store, now: float) -> None:
-    shutil.rmtree(store.root / "aside", ignore_errors=True)
+    remove_tree(store.root / "aside")
     temp = store.root / "tmp"
     if not temp.is_dir():
         return

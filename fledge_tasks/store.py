@@ -36,7 +36,7 @@ from typing import Any
 import filelock
 import msgspec
 
-from fledge_tasks import fsutil, interrupt, userns
+from fledge_tasks import fsutil, userns
 from fledge_tasks.digest import Digest, is_digest, sha256_bytes, short, xxh3_file
 from fledge_tasks.errors import NOT_DECODED, StoreError
 from fledge_tasks.index import Index, signature
@@ -340,17 +340,16 @@ class Store:
 
         A signal is raised when it is gone.
         """
+        # By one rename: whoever looks at it now finds it whole or not at all, and never takes it for damaged.
         folder = fsutil.temp_name(self.root / "tmp", _hex(key))
-
-        def remove() -> None:
-            # By one rename: whoever looks at it now finds it whole or not at all, and never takes it for damaged.
-            with contextlib.suppress(OSError):
-                fsutil.move(self.folder(key), folder)
-                fsutil.crash_point("discard: renamed")
+        try:
+            fsutil.move(self.folder(key), folder)
+            fsutil.crash_point("discard: renamed")
+        except OSError:
+            return
+        finally:
             fsutil.remove_tree(folder)
-            fsutil.crash_point("discard: folder deleted")
-
-        interrupt.finish(remove)
+        fsutil.crash_point("discard: folder deleted")
 
     def folder(self, key: Digest) -> Path:
         """Return where the entry of a key is, or would be."""

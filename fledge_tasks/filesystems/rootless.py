@@ -10,7 +10,6 @@ cannot add is refused before anything is written.
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from fledge_tasks.errors import CommandError, FilesystemError
 from fledge_tasks.filesystems import fill
 from fledge_tasks.filesystems.parameters import Filled, Parameters
 from fledge_tasks.filesystems.skeleton import ImageExtent, merge_extents
-from fledge_tasks.fsutil import crash_point, data_ranges, opened
+from fledge_tasks.fsutil import crash_point, data_ranges, opened, remove_tree
 from fledge_tasks.oci.layer_index import BLOCK_BYTES, FILE_TYPES, Entry, Kind, file_runs
 from fledge_tasks.run import run
 from fledge_tasks.tree import Inode, show, walk
@@ -82,7 +81,7 @@ def _make(
                 crash_point("rootless: folder filled")
                 free_bytes, free_inodes = kind.populate(image, root, parameters, scratch)
         finally:
-            shutil.rmtree(scratch / _PRIVATE, ignore_errors=True)
+            remove_tree(scratch / _PRIVATE)
         try:
             run([*kind.check, image])
         except CommandError as error:
