@@ -15,8 +15,7 @@ import pytest
 from fledge_tasks.digest import short
 from tests.layers import Member, archive, digest, folder
 from tests.layouts import Place
-from tests.test_cli import wait_for
-from tests.tools import need
+from tests.tools import need, wait_for
 
 BASE = [folder("bin"), Member("bin/app", b"\x7fELF" + bytes(20_000), mode=0o755)]
 MORE = [folder("etc"), Member("etc/motd", b"hello\n")]
@@ -145,7 +144,7 @@ def end(process: subprocess.Popen[str]) -> Run:
         os.killpg(process.pid, 9)
         out, err = process.communicate()
         pytest.fail(f"it hangs:\n{out}{err}")
-    assert wait_for(lambda: session(process.pid) == [])
+    wait_for(lambda: session(process.pid) == [])
     return Run(process.returncode, out, err)
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from fledge_tasks.digest import is_digest, sha256_bytes, short
 from tests.layers import Member, archive, compress, folder
 from tests.layouts import Layout, Place
-from tests.tools import PATH, need, take_rights
+from tests.tools import PATH, need, take_rights, wait_for
 from tests.workspaces import REPOSITORY, Result, Workspace, processes_about, sha256_of
 
 BASE = [folder("bin"), Member("bin/app", b"\x7fELF" + bytes(20_000), mode=0o755)]
@@ -395,13 +396,6 @@ def slow(program: Workspace, tmp_path: Path) -> tuple[Workspace, Path]:
     return Workspace(program.root, program.home, env={"PATH": path}), started
 
 
-def wait_for(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 20
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()
-
-
 @pytest.mark.parametrize("jobs", ["1", "2"])
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_in_the_middle_of_a_build(
@@ -417,7 +411,7 @@ def test_a_signal_in_the_middle_of_a_build(
         text=True,
         start_new_session=True,
     )
-    assert wait_for(started.exists)
+    wait_for(started.exists)
     assert busy.leftovers() != []
     begun = time.monotonic()
     process.send_signal(signum)
@@ -428,7 +422,7 @@ def test_a_signal_in_the_middle_of_a_build(
     assert time.monotonic() - begun < 5
     assert program.leftovers() == []
     assert not program.output("web").exists()
-    assert wait_for(lambda: processes_about(program.root) == [])
+    wait_for(lambda: processes_about(program.root) == [])
     assert set(program.build().stages("web")) == {"mkfs", "assemble", "manifest"}
 
 
@@ -451,6 +445,22 @@ def test_a_signal_while_it_imports_what_it_needs(program: Workspace, signum: sig
     script = STOPPED_WHILE_IT_IMPORTS.format(signum=int(signum))
     result = program.run([sys.executable, "-c", script, "-C", str(program.root), "build"], REPOSITORY, 20)
     assert (result.code, result.stdout, result.stderr) == (code, "", "interrupted\n")
+
+
+def test_an_end_of_input_that_nobody_expects_is_no_traceback(program: Workspace) -> None:
+    """click makes the same of it as of Ctrl-C."""
+    script = """
+        from fledge_tasks.cli import context, main
+
+        def ended(self):
+            raise EOFError
+
+        context.Context.load = ended
+        main()
+        """
+    command = [sys.executable, "-c", textwrap.dedent(script), "build"]
+    result = program.run(command, REPOSITORY, 20)
+    assert (result.code, result.stdout, result.stderr.strip()) == (130, "", "interrupted")
 
 
 def test_a_reader_that_has_seen_enough(program: Workspace) -> None:

@@ -14,8 +14,8 @@ import pytest
 from fledge_tasks.digest import short
 from tests.dodos import BASE, MORE, make_place
 from tests.layouts import Layout
-from tests.test_cli import slow, wait_for
-from tests.tools import need, need_root
+from tests.test_cli import slow
+from tests.tools import need, need_root, wait_for
 from tests.workspaces import Workspace, processes_about, sha256_of
 
 pytestmark = pytest.mark.skipif(
@@ -168,12 +168,12 @@ def test_a_signal(workspace: Workspace, tmp_path: Path, jobs: tuple[str, ...]) -
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert wait_for(started.exists)
+    wait_for(started.exists)
     os.kill(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=20)
     assert (process.returncode, errors) == (143, "interrupted\n")
     assert workspace.leftovers() == []
-    assert wait_for(lambda: processes_about(workspace.root) == [])
+    wait_for(lambda: processes_about(workspace.root) == [])
     assert ran(doit(workspace, "build:web")) == {"mkfs:web", "assemble:web", "manifest:web"}
 
 

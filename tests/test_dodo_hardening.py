@@ -48,7 +48,8 @@ from fledge_tasks.planner import Planner
 from fledge_tasks.store import Store
 from fledge_tasks.tasks import Graph
 from tests.dodos import MODES, DodoPlace, all_modes, end, installed, make_place, processes, session, two_modes
-from tests.test_cli import slow, wait_for
+from tests.test_cli import slow
+from tests.tools import wait_for
 
 pytestmark = installed
 
@@ -168,7 +169,7 @@ def test_a_signal(place: DodoPlace, tmp_path: Path, mode: tuple[str, ...], numbe
     busy, started = slow(place, tmp_path)
     place.write_dodo("import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n")
     process = place.start(*mode, "mkfs:web", env=busy.environment())
-    assert wait_for(started.exists)
+    wait_for(started.exists)
     process.send_signal(number)
     run = end(process)
     assert (run.code, run.err) == (128 + number, "interrupted\n")
@@ -214,7 +215,7 @@ def test_a_corrupt_database_of_doit(place: DodoPlace) -> None:
 def test_after_a_kill(place: DodoPlace, tmp_path: Path, mode: tuple[str, ...]) -> None:
     busy, started = slow(place, tmp_path)
     process = place.start(*mode, "build:web", env=busy.environment())
-    assert wait_for(started.exists)
+    wait_for(started.exists)
     process.kill()
     run = end(process)  # and nothing of it is left
     assert run.code == -signal.SIGKILL

@@ -11,7 +11,6 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from fledge_tasks.errors import CommandError, FilesystemError, ToolError
 from fledge_tasks.fsutil import write_all
 from fledge_tasks.interrupt import Interrupted, interruptible
 from fledge_tasks.run import PASSED, STDERR_TAIL_BYTES, package_of, run, running
+from tests.tools import wait_for
 
 
 def sh(script: str) -> bytes:
@@ -174,15 +174,6 @@ def test_what_goes_wrong_while_writing_ends_the_program() -> None:
     assert time.monotonic() - started < 50
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
-
-
 def is_running(number: int) -> bool:
     try:
         state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
@@ -228,13 +219,13 @@ def test_an_interrupted_call_ends_the_whole_group(
     )
     try:
         names = [tmp_path / "leader", tmp_path / "child"]
-        assert wait_for(lambda: all(name.exists() and name.read_text().endswith("\n") for name in names))
+        wait_for(lambda: all(name.exists() and name.read_text().endswith("\n") for name in names), 10)
         processes = [int(name.read_text()) for name in names]
         assert all(is_running(process) for process in processes)
         time.sleep(0.2)  # let it come back from starting the program
         caller.send_signal(number)
         assert caller.wait(15) != 0
-        assert wait_for(lambda: not any(is_running(process) for process in processes), 1)
+        wait_for(lambda: not any(is_running(process) for process in processes), 1)
     finally:
         caller.kill()
         caller.wait()
@@ -274,11 +265,11 @@ def test_a_killed_caller_takes_the_program_with_it(tmp_path: Path) -> None:
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     leader = tmp_path / "leader"
-    assert wait_for(lambda: leader.exists() and leader.read_text().endswith("\n"))
+    wait_for(lambda: leader.exists() and leader.read_text().endswith("\n"), 10)
     number = int(leader.read_text())
     caller.kill()
     caller.wait()
-    assert wait_for(lambda: not is_running(number))
+    wait_for(lambda: not is_running(number), 10)
 
 
 # --- beside us -------------------------------------------------------------------------------------------------
@@ -295,7 +286,7 @@ def test_a_running_program_is_read_while_it_runs(tmp_path: Path) -> None:
         ) as child,
     ):
         assert child.stdout.readline() == b"from a descriptor\n"
-        assert wait_for(lambda: child.complaint() == "complaint")
+        wait_for(lambda: child.complaint() == "complaint", 10)
         assert child.ended() is None
         child.end()
         assert child.ended() == -signal.SIGTERM
@@ -307,7 +298,7 @@ def test_a_running_program_is_read_while_it_runs(tmp_path: Path) -> None:
 def test_it_may_end_by_itself() -> None:
     with running(["sh", "-c", "echo all; exit 3"]) as child:
         assert child.stdout.read() == b"all\n"
-        assert wait_for(lambda: child.ended() == 3)
+        wait_for(lambda: child.ended() == 3, 10)
 
 
 @pytest.mark.parametrize("has_our_stdin", [False, True])
@@ -335,7 +326,7 @@ def test_it_does_not_outlive_the_block(tmp_path: Path, monkeypatch: pytest.Monke
         if fails:
             1 / 0  # noqa: B018
     assert not is_running(numbers[0])
-    assert wait_for(lambda: not is_running(numbers[1]), 1)
+    wait_for(lambda: not is_running(numbers[1]), 1)
 
 
 def test_a_program_that_is_not_there_cannot_run_beside_us() -> None:
@@ -364,7 +355,7 @@ def test_a_signal_that_another_thread_takes_ends_the_wait(tmp_path: Path) -> Non
     began = tmp_path / "began"
 
     def take() -> None:
-        assert wait_for(began.exists, 10)
+        wait_for(began.exists, 10)
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
     thread = threading.Thread(target=take)

@@ -41,8 +41,9 @@ def run() -> int:
         code = cli(standalone_mode=False, prog_name="fledge")
         sys.stdout.flush()
         return int(code or 0)
-    except click.Abort as stop:  # click makes one of every KeyboardInterrupt
-        raise (stop.__cause__ or KeyboardInterrupt) from None
+    except click.Abort as stop:  # click makes one of every KeyboardInterrupt, and of every EOFError
+        cause = stop.__cause__
+        raise (cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt) from None
     except click.ClickException as error:
         error.show()
         return error.exit_code
