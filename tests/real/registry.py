@@ -30,9 +30,10 @@ class Registry:
     """docker-registry, serving `storage` over plain HTTP on a free loopback port that it keeps for life.
 
     `home` is a home folder whose registries.conf calls it insecure: skopeo 1.9 reads that file from $HOME only.
+    With `logins`, the text of an htpasswd file (bcrypt), nobody else gets anything.
     """
 
-    def __init__(self, storage: Path, scratch: Path) -> None:
+    def __init__(self, storage: Path, scratch: Path, logins: str | None = None) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.host = f"127.0.0.1:{free.getsockname()[1]}"
@@ -40,12 +41,15 @@ class Registry:
         self._log = scratch / "registry.log"
         self._config = scratch / "registry.yml"
         self._process: subprocess.Popen[bytes] | None = None
-        settings = {
+        settings: dict[str, Any] = {
             "version": "0.1",
             "log": {"accesslog": {"disabled": False}, "level": "error"},
             "storage": {"filesystem": {"rootdirectory": str(storage)}},
             "http": {"addr": self.host},
         }
+        if logins is not None:
+            (scratch / "htpasswd").write_text(logins)
+            settings["auth"] = {"htpasswd": {"realm": "test", "path": str(scratch / "htpasswd")}}
         storage.mkdir(parents=True, exist_ok=True)
         self._config.write_text(json.dumps(settings))  # JSON is YAML
         conf = self.home / ".config" / "containers" / "registries.conf"
@@ -62,6 +66,10 @@ class Registry:
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
                 urllib.request.urlopen(f"http://{self.host}/v2/", timeout=5).close()
+            except urllib.error.HTTPError as error:
+                if error.code == 401:
+                    return
+                time.sleep(0.05)
             except OSError:
                 time.sleep(0.05)
             else:
